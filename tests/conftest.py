@@ -1,0 +1,86 @@
+"""The lab as a fixture, and what no test may do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from lab import Lab, Machine
+from lab.vpc import in_lab
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "pure: decides only; no sockets, no other programs")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """In CI a skip is a failure: what was not run was not shown."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+    return report
+
+
+class ForbiddenError(BaseException):
+    """Not an Exception, so that nothing under test can swallow it."""
+
+
+@pytest.fixture(autouse=True)
+def pure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked pure reach neither the network nor other programs."""
+    if request.node.get_closest_marker("pure"):
+
+        def forbid(*arguments: object, **_: object) -> NoReturn:
+            raise ForbiddenError(f"a pure test used {arguments[1:]}")
+
+        monkeypatch.setattr(socket.socket, "__init__", forbid)
+        monkeypatch.setattr(subprocess.Popen, "__init__", forbid)
+
+
+@pytest.fixture(scope="session")
+def inside() -> None:
+    """Everything that opens a socket or runs a script does so in the lab's namespaces."""
+    if not in_lab():
+        pytest.exit("run the tests by tests/run, which makes the lab's namespaces", 2)
+
+
+@pytest.fixture
+def make_lab(inside: None, tmp_path: Path) -> Iterator[Callable[..., Lab]]:
+    labs: list[Lab] = []
+
+    def make(**options: Any) -> Lab:
+        labs.append(Lab(tmp_path, **options))
+        return labs[-1]
+
+    yield make
+    for lab in labs:
+        lab.close()
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    return make_lab()
+
+
+@pytest.fixture
+def subnet(lab: Lab) -> str:
+    return lab.add_subnet("10.0.1.0/24")
+
+
+@pytest.fixture
+def eni(lab: Lab, subnet: str) -> str:
+    """A free network interface named web, 10.0.1.22."""
+    return lab.aws.create_eni(subnet, name="web", ip="10.0.1.22", tags={"FQDN": "web.example.com"})
+
+
+@pytest.fixture
+def machine(lab: Lab, subnet: str, eni: str) -> Machine:
+    """An instance in the group web, in the ENI's subnet."""
+    return lab.launch(subnet, group="web", ip="10.0.1.10")

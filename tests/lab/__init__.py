@@ -1,0 +1,138 @@
+"""A region of AWS and a VPC on one machine, for the scripts as they are.
+
+    lab.aws.Aws    EC2, Auto Scaling, IAM and IMDS: moto, made as strict as the real ones
+    lab.vpc.Vpc    router, subnets and the source check; lab.vpc.Host is a machine in it
+    Lab            both together: instances that are hosts, ENIs that are devices
+
+All of it lives in the namespaces that tests/lab/setup.sh makes (enter_lab).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.aws import Aws, Instance
+from lab.vpc import ENDPOINT, IMDS, Host, Vpc
+
+TOP = Path(__file__).parents[2]
+SCRIPTS = ("eni_ctl.py", "add_routes.py")
+
+
+class Machine(Host):
+    """An EC2 instance: the host, and what AWS knows of it."""
+
+    def __init__(self, instance: Instance, aws: Aws) -> None:
+        super().__init__(instance.id)
+        self.instance = instance
+        self.environment["AWS_CA_BUNDLE"] = str(aws.ca)
+        names = "".join(f"{ENDPOINT} {name}\n" for name in aws.host_names)
+        self.write("/etc/hosts", f"127.0.0.1 localhost\n{names}")
+        self.run("rm", "-f", "/etc/resolv.conf")
+        self.write("/etc/resolv.conf", "nameserver 127.0.0.1\n")  # nobody: an error at once
+        for script in SCRIPTS:
+            source = TOP / script
+            if source.exists():
+                self.write(f"/usr/local/sbin/{script}", source.read_text(), 0o755)
+        self.device_names = [f"eth{n}" for n in range(1, 16)]  # for what is plugged in later
+        self.device_of: dict[str, str] = {}  # MAC address: device
+        self.configures = True  # whether its network set-up cares for new devices
+        self.appeared = threading.Event()  # set when an ENI's device is there
+
+    def eni_ctl(
+        self, *arguments: str, timeout: float = 60, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run eni_ctl.py as an administrator would."""
+        return self.run("eni_ctl.py", *arguments, environment=environment, timeout=timeout)
+
+    def start_eni_ctl(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return self.popen("eni_ctl.py", *arguments, environment=environment)
+
+    def state(self, path: str = "/etc/default/eni") -> dict[str, str]:
+        """The state file, as bash reads it."""
+        keys = "FQDN IP GW DEVICE ASG_NAME INSTANCE_ID ENI_ID ATTACHMENT_ID"
+        script = f'. "$1"; for key in {keys}; do printf "%s=%s\\0" $key "${{!key?}}"; done'
+        done = self.run("bash", "-c", script, "bash", path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
+
+
+class Lab:
+    """One region with its VPC. Close it, or use it as a context manager."""
+
+    def __init__(self, directory: Path, region: str = "us-west-1") -> None:
+        self.region = region
+        self.vpc = Vpc()
+        self.aws = Aws(region=region, endpoint=ENDPOINT, imds=IMDS, ca_dir=directory)
+        self.aws.plug, self.aws.unplug = self.plug, self.unplug
+        self.machines: dict[str, Machine] = {}
+        self.hosts: list[Host] = []
+        self.aws.start()
+
+    def add_subnet(self, cidr: str, zone: str = "a", cidr6: str | None = None) -> str:
+        """A subnet in the region's zone of that letter; its id."""
+        self.vpc.add_subnet(cidr, cidr6)
+        return self.aws.add_subnet(cidr, f"{self.region}{zone}", cidr6)
+
+    def launch(self, subnet: str, **options: Any) -> Machine:
+        """A running instance with eth0 up; options are those of Aws.launch()."""
+        instance = self.aws.launch(subnet, **options)
+        machine = self.machines[instance.id] = Machine(instance, self.aws)
+        eni = instance.primary
+        self.vpc.plug(machine, "eth0", eni.mac_address, addresses(eni))
+        self.vpc.configure(machine, "eth0", addresses(eni))
+        self.vpc.add_default_route(machine, "eth0", instance.ip)
+        return machine
+
+    def add_host(self, name: str, address: str, number: int) -> Host:
+        """A machine that is no instance: a neighbour or a client."""
+        host = Host(name)
+        self.hosts.append(host)
+        self.vpc.plug(host, "eth0", f"06:00:00:00:00:{number:02x}", [address])
+        self.vpc.configure(host, "eth0", [address])
+        self.vpc.add_default_route(host, "eth0", address)
+        return host
+
+    def plug(self, instance_id: str, eni: Any) -> None:
+        """AWS has attached an ENI: its device appears, and the host's set-up configures it."""
+        machine = self.machines[instance_id]
+        device = machine.device_names.pop(0)
+        machine.device_of[eni.mac_address] = device
+        self.vpc.plug(machine, device, eni.mac_address, addresses(eni))
+        machine.appeared.set()
+        if machine.configures:
+            self.vpc.configure(machine, device, addresses(eni))
+
+    def unplug(self, instance_id: str, eni: Any) -> None:
+        """AWS has detached an ENI: its device goes."""
+        machine = self.machines.get(instance_id)
+        self.vpc.unplug(eni.mac_address)
+        if machine and eni.mac_address in machine.device_of:
+            machine.device_names.insert(0, machine.device_of.pop(eni.mac_address))
+
+    def terminate(self, machine: Machine) -> None:
+        """The group ends the instance: it runs on until AWS has shut it down."""
+        self.aws.terminate(machine.instance)
+
+    def close(self) -> None:
+        try:
+            self.aws.stop()
+        finally:
+            for host in [*self.machines.values(), *self.hosts]:
+                host.stop()
+            self.vpc.close()
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def addresses(eni: Any) -> Sequence[str]:
+    """All private addresses of an ENI, the primary one first."""
+    return [*(item["PrivateIpAddress"] for item in eni.private_ip_addresses), *eni.ipv6_addresses]

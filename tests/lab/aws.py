@@ -1,0 +1,477 @@
+"""The lab's AWS: EC2, Auto Scaling and IMDS as an instance meets them, in threads of this process.
+
+moto keeps the world (VPC, ENIs, instances, groups, roles), reads requests, checks signatures and
+policies, and writes answers. What it lacks is added here and in the neighbours:
+
+    lab.ec2    permission, throttling, EC2's refusals, filters and paging
+    lab.imds   the metadata service
+    lab.wire   HTTP, and requests that go wrong on demand
+    this file  the world, and the phases of an attachment in time
+
+It listens on port 443 of the real host names and port 80 of the real IMDS address, so it runs in a
+network namespace of its own. The caller puts the addresses on an interface, `host_names` into
+/etc/hosts and `ca` into AWS_CA_BUNDLE; the programs under test need no other configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import ipaddress
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from moto.autoscaling.models import autoscaling_backends
+from moto.ec2.models import ec2_backends
+from moto.iam.models import iam_backends
+from moto.sts.models import sts_backends
+
+from lab.ec2 import MESSAGES, Port, error_answer, perform, refuse
+from lab.imds import ACCOUNT, INSTANCE_TYPE, ROLE, imds_error, metadata
+from lab.wire import Answer, Fault, Handler, Listener, authority, server_context
+
+T = TypeVar("T")
+SEED_ACTIONS = (
+    "autoscaling:DescribeAutoScalingGroups",
+    "autoscaling:DescribeAutoScalingInstances",
+    "ec2:DescribeNetworkInterfaces",
+    "ec2:AttachNetworkInterface",
+    "ec2:DetachNetworkInterface",
+)
+
+
+@dataclass
+class Call:
+    """One API request, from its arrival on."""
+
+    action: str
+    instance_id: str | None  # whose credentials signed it
+    params: dict[str, str]
+    dry_run: bool
+    status: int = 0  # set before the answer is sent; stays 0 when none is
+
+
+@dataclass
+class Instance:
+    model: Any  # moto's, as are the next two
+    primary: Any
+    member: Any  # its entry in the group
+    group: str | None
+    max_interfaces: int
+    tags_in_imds: bool
+    role: bool
+    tokens: str
+    credentials: Any = None
+
+    def __post_init__(self) -> None:
+        self.id: str = self.model.id
+        self.zone: str = self.model.placement.zone
+        self.eni_id: str = self.primary.id
+        self.mac: str = self.primary.mac_address
+        self.ip: str = self.primary.private_ip_address
+
+    @property
+    def life_cycle(self) -> str:
+        """Auto Scaling's word for the instance; "" outside any group."""
+        return str(self.member.lifecycle_state) if self.member else ""
+
+    @life_cycle.setter
+    def life_cycle(self, state: str) -> None:
+        if self.member is None:
+            raise ValueError(f"{self.id} is in no group, so it has no life cycle")
+        self.member.lifecycle_state = state
+
+
+class Aws:
+    """One region of one account. All times are seconds, and may be changed while it runs."""
+
+    def __init__(
+        self,
+        *,
+        region: str = "us-west-1",
+        endpoint: str = "203.0.113.10",
+        imds: Sequence[str] = ("169.254.169.254",),
+        ca_dir: Path,
+    ) -> None:
+        self.region, self.endpoint, self.imds_addresses = region, endpoint, tuple(imds)
+        self.host_names = [f"{name}.{region}.amazonaws.com" for name in ("ec2", "autoscaling")]
+        self.ca = ca_dir / "ca.pem"
+        self.attach_delay = self.detach_delay = self.shutdown_delay = 0.2
+        self.describe_lag = self.imds_lag = 0.0
+        self.credential_seconds = 6 * 3600
+        self.page_size = 1000
+        self.throttle: dict[str, tuple[int, float]] = {}  # see EC2_THROTTLE
+        # Called in the lab's timer thread with an instance id and moto's ENI.
+        self.plug: Callable[[str, Any], object] = lambda instance_id, eni: None
+        self.unplug: Callable[[str, Any], object] = lambda instance_id, eni: None
+        self.never_plug: set[str] = set()  # ENIs that are attached without a device appearing
+        self.stuck: set[str] = set()  # ENIs that stay "detaching" until forced
+        self.refuse_detach: set[str] = set()  # instances
+        self.calls: list[Call] = []
+        self.imds_calls: list[tuple[str, str, str]] = []  # method, path, source address
+        self.imds_tokens: dict[str, tuple[str, float]] = {}  # token: (instance id, until)
+        self.ports: dict[str, Port] = {}
+        self.instances: dict[str, Instance] = {}
+        self._vpc: Any = None
+        self._faults: list[Fault] = []
+        self.buckets: dict[str, tuple[float, float]] = {}  # action: (tokens, when)
+        self._lock = threading.RLock()  # one request at a time changes the world
+        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._sequence = itertools.count()
+        self._due = threading.Condition()
+        self._timer = threading.Thread(target=self._keep_time, daemon=True)
+        self._failures: list[Exception] = []
+        self._stopped = threading.Event()
+        self._api: list[Listener] = []
+        self._imds: list[Listener] = []
+
+    # --- life
+
+    def start(self) -> None:
+        for backends in (ec2_backends, autoscaling_backends, iam_backends, sts_backends):
+            backends.clear()  # they belong to the process
+        self.ec2 = ec2_backends[ACCOUNT][self.region]
+        self.autoscaling = autoscaling_backends[ACCOUNT][self.region]
+        self.iam, self.sts = iam_backends[ACCOUNT]["aws"], sts_backends[ACCOUNT]["aws"]
+        service = {"Service": "ec2.amazonaws.com"}
+        trust = {"Effect": "Allow", "Principal": service, "Action": "sts:AssumeRole"}
+        document = json.dumps({"Version": "2012-10-17", "Statement": trust})
+        self.iam.create_role(ROLE, document, "/", None, "", [], None)
+        allow = {"Effect": "Allow", "Action": list(SEED_ACTIONS), "Resource": "*"}
+        self.set_policy({"Version": "2012-10-17", "Statement": [allow]})
+        authority().cert_pem.write_to_path(str(self.ca))
+        self._timer.start()
+        tls = server_context(tuple(self.host_names))
+        self._api = [Listener(self.endpoint, 443, self._answer_api, tls)]
+        self.imds_up = True
+
+    def stop(self) -> None:
+        """End every thread; raise the first exception of a hook or of the lab itself."""
+        self._stopped.set()
+        self.imds_up = False
+        while self._api:
+            self._api.pop().stop()
+        with self._due:
+            self._due.notify()
+        self._timer.join()
+        if self._failures:
+            raise self._failures.pop(0)
+
+    def __enter__(self) -> Aws:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def imds_up(self) -> bool:
+        """False: connections to IMDS are refused."""
+        return bool(self._imds)
+
+    @imds_up.setter
+    def imds_up(self, up: bool) -> None:
+        while self._imds and not up:
+            self._imds.pop().stop()
+        if up and not self._imds:
+            self._imds = [Listener(ip, 80, self._answer_imds) for ip in self.imds_addresses]
+
+    # --- the world
+
+    def add_subnet(self, cidr: str, zone: str, cidr6: str | None = None) -> str:
+        zones = self.ec2.zones[self.region]
+        if zone not in [known.name for known in zones]:  # moto knows two of us-west-1's
+            zones.append(type(zones[0])(zone, self.region, f"{zone}-id"))
+        if self._vpc is None:
+            self._vpc = self.ec2.create_vpc("10.0.0.0/16")
+        network = ipaddress.IPv4Network(cidr)
+        blocks = [item["cidr_block"] for item in self._vpc.get_cidr_block_association_set()]
+        if not any(network.subnet_of(ipaddress.IPv4Network(block)) for block in blocks):
+            self._vpc.associate_vpc_cidr_block(cidr)
+        return str(self.ec2.create_subnet(self._vpc.id, cidr, cidr6, availability_zone=zone).id)
+
+    def launch(
+        self,
+        subnet_id: str,
+        *,
+        ip: str | None = None,
+        ipv6: Sequence[str] = (),
+        group: str | None = None,
+        life_cycle: str = "InService",
+        max_interfaces: int = 4,
+        tags_in_imds: bool = False,
+        role: bool = True,
+        tokens: Literal["required", "optional", "v1 only"] = "required",
+        primary_name: str | None = None,
+    ) -> Instance:
+        with self._lock:
+            model = self.ec2.run_instances(
+                "ami-lab",
+                1,
+                None,
+                [],
+                subnet_id=subnet_id,
+                private_ip=ip or self._free_address(subnet_id),
+                region_name=self.region,
+                instance_type=INSTANCE_TYPE,
+                is_instance_type_default=True,
+                block_device_mappings=[],
+                tags={"instance": {"Name": group or "lab"}},
+            ).instances[0]
+            primary = model.nics[0]
+            primary.ipv6_addresses = list(ipv6)
+            primary.delete_on_termination = True
+            if primary_name is not None:
+                primary.add_tags({"Name": primary_name})
+            self.ports[primary.id] = Port(primary, "attached", plugged=0.0)
+            instance = Instance(
+                model, primary, None, group, max_interfaces, tags_in_imds, role, tokens
+            )
+            self.instances[instance.id] = instance
+            if group is not None:
+                self.join(instance, group, life_cycle)
+            return instance
+
+    def join(self, instance: Instance, group: str, life_cycle: str = "InService") -> None:
+        """Put a running instance into a group, which is made at need."""
+        with self._lock:
+            groups = self.autoscaling.autoscaling_groups
+            if group not in groups:
+                unset = ("vpc_zone_identifier", "default_cooldown", "health_check_period")
+                empty = ("load_balancers", "target_group_arns", "termination_policies", "tags")
+                options: dict[str, Any] = {name: [] for name in empty} | dict.fromkeys(unset)
+                self.autoscaling.create_auto_scaling_group(
+                    name=group,
+                    availability_zones=[instance.zone],
+                    desired_capacity=0,
+                    max_size=10_000,
+                    min_size=0,
+                    launch_config_name="",
+                    launch_template={},
+                    health_check_type=None,
+                    placement_group=None,
+                    instance_id=instance.id,
+                    **options,
+                )
+            self.autoscaling.attach_instances(group, [instance.id])
+            instance.group, instance.member = group, groups[group].instance_states[-1]
+            instance.life_cycle = life_cycle
+
+    def _free_address(self, subnet_id: str) -> str:
+        taken = {address for port in self.ports.values() for address in port.addresses}
+        hosts = itertools.islice(self.ec2.get_subnet(subnet_id).cidr.hosts(), 9, None)
+        return next(str(host) for host in hosts if str(host) not in taken)
+
+    def create_eni(
+        self,
+        subnet_id: str,
+        *,
+        name: str | None,
+        ip: str | None = None,
+        secondary: Sequence[str] = (),
+        ipv6: Sequence[str] = (),
+        tags: dict[str, str] | None = None,
+        ipv4: bool = True,
+    ) -> str:
+        """A new ENI's id. With ipv4=False it has IPv6 addresses only."""
+        with self._lock:
+            tags = dict(tags or {}) if name is None else {**(tags or {}), "Name": name}
+            subnet = self.ec2.get_subnet(subnet_id)
+            address = ip or self._free_address(subnet_id)
+            eni = self.ec2.create_network_interface(subnet, address, tags=tags)
+            eni.ipv6_addresses = list(ipv6)
+            others = [{"Primary": False, "PrivateIpAddress": other} for other in secondary]
+            eni.private_ip_addresses.extend(others)
+            if not ipv4:
+                eni.private_ip_address, eni.private_ip_addresses = None, []
+            self.ports[eni.id] = Port(eni)
+            self.ports[eni.id].note()
+            return str(eni.id)
+
+    def eni(self, eni_id: str) -> Any:
+        """moto's model of the ENI."""
+        return self.port(eni_id).model
+
+    def port(self, eni_id: str) -> Port:
+        if eni_id not in self.ports:
+            message = f"The networkInterface ID '{eni_id}' does not exist"
+            raise refuse("InvalidNetworkInterfaceID.NotFound", message)
+        return self.ports[eni_id]
+
+    def set_policy(self, document: dict[str, Any]) -> None:
+        """Make this the only policy of the instances' role, from the next request on."""
+        self.iam.put_role_policy(ROLE, "policy", json.dumps(document))
+
+    # --- attachments and shutdowns, in time
+
+    def attach(self, port: Port, instance: Instance, index: int) -> str:
+        with self._lock:
+            attachment_id = str(instance.model.attach_eni(port.model, index))
+            port.status = "attaching"
+            port.note()
+            self._later(self.attach_delay, lambda: self._plug(port, attachment_id))
+            return attachment_id
+
+    def detach(self, port: Port, force: bool = False) -> None:
+        with self._lock:
+            attachment_id = port.model.attachment_id
+            port.status = "detaching"
+            port.note()
+            if force or port.model.id not in self.stuck:
+                self._later(self.detach_delay, lambda: self._release(port, attachment_id))
+
+    def terminate(self, instance: Instance) -> None:
+        """Life cycle Terminating at once; terminated, and its ENIs free, after `shutdown_delay`."""
+        if instance.member:
+            instance.life_cycle = "Terminating"
+        state = vars(instance.model.instance_state)
+        half = self.shutdown_delay / 2
+        self._later(half, lambda: state.update(name="shutting-down", code=32))
+        self._later(2 * half, lambda: self._end(instance))
+
+    def _plug(self, port: Port, attachment_id: str) -> None:
+        eni = port.model
+        if eni.attachment_id == attachment_id and eni.id not in self.never_plug:
+            port.plugged = time.monotonic()
+            self.plug(eni.instance.id, eni)
+        with self._lock:
+            if eni.attachment_id == attachment_id and port.status == "attaching":
+                port.status = "attached"
+                port.note()
+
+    def _release(self, port: Port, attachment_id: str) -> None:
+        eni = port.model
+        if eni.attachment_id != attachment_id:
+            return
+        if port.plugged is not None and eni.device_index != 0:
+            self.unplug(eni.instance.id, eni)
+        with self._lock:
+            eni.instance.detach_eni(eni)
+            port.status, port.plugged = "", None
+            port.note()
+
+    def _end(self, instance: Instance) -> None:
+        with self._lock:
+            vars(instance.model.instance_state).update(name="terminated", code=48)
+            if instance.group is not None:
+                group = self.autoscaling.autoscaling_groups[instance.group]
+                group.instance_states.remove(instance.member)
+            held = [self.ports[eni.id] for eni in instance.model.nics.values()]
+        for port in held:
+            self._release(port, port.model.attachment_id)
+        with self._lock:
+            del self.ports[instance.eni_id], self.ec2.enis[instance.eni_id]
+
+    def _later(self, delay: float, action: Callable[[], None]) -> None:
+        with self._due:
+            heapq.heappush(self._agenda, (time.monotonic() + delay, next(self._sequence), action))
+            self._due.notify()
+
+    def _keep_time(self) -> None:
+        while not self._stopped.is_set():
+            with self._due:
+                wait = self._agenda[0][0] - time.monotonic() if self._agenda else None
+                if wait is None or wait > 0:
+                    self._due.wait(wait)
+                    continue
+                action = heapq.heappop(self._agenda)[2]
+            with contextlib.suppress(Exception):
+                self._watch(action)
+
+    def _watch(self, action: Callable[[], T]) -> T:
+        """Run `action`, and keep what it raises for stop()."""
+        try:
+            return action()
+        except Exception as error:
+            self._failures.append(error)
+            raise
+
+    # --- requests
+
+    def fail(
+        self,
+        what: str,
+        *,
+        code: str = "RequestLimitExceeded",
+        status: int = 503,
+        times: int = 1,
+        how: Literal["answer", "reset", "empty", "truncate", "html", "hang", "drop"] = "answer",
+        when: Literal["before", "after"] = "before",
+        seconds: float = 0,
+        skip: int = 0,
+        do: Callable[[], object] | None = None,
+    ) -> Fault:
+        """Spoil requests for `what`: an API action, or the beginning of an IMDS path ("" is all).
+
+        After the first `skip` of them, `times` are spoilt (-1: all). "before": the request has no
+        effect; "after": it takes effect and its answer is lost. `do` runs at that point. "truncate"
+        cuts the true answer in the middle, so it takes effect; "hang" says nothing for `seconds`
+        (0: for ever) and then goes on as if nothing had been; "drop" closes and "reset" resets.
+        """
+        watched = (lambda: self._watch(do)) if do else None
+        fault = Fault(what, code, status, times, how, when, seconds, skip, watched)
+        self._faults.append(fault)
+        return fault
+
+    def clear_faults(self) -> None:
+        self._faults.clear()
+
+    def _answer(
+        self, connection: Handler, concerns: Callable[[str], bool], make: Callable[[], Answer]
+    ) -> None:
+        """Send the answer that `make` makes, or what a fault makes of it."""
+
+        def act() -> Answer:
+            with self._lock:
+                return self._watch(make)
+
+        with self._lock:
+            faults = (fault for fault in self._faults if concerns(fault.what) and fault.strikes())
+            fault = next(faults, None)
+        if fault:
+            spoilt = self._spoilt(connection, fault)
+            fault.deliver(connection, act, spoilt, self._stopped)
+        else:
+            connection.send(act())
+
+    def _spoilt(self, connection: Handler, fault: Fault) -> Answer:
+        if not connection.headers.get("Host", "").endswith(".amazonaws.com"):
+            return imds_error(fault.status)
+        message = MESSAGES.get(fault.code, "spoilt by the lab")
+        return error_answer(connection, fault.code, message, fault.status)
+
+    def _answer_imds(self, connection: Handler, body: bytes) -> None:
+        path = unquote(urlsplit(connection.path).path).lstrip("/")
+        source = str(ipaddress.ip_address(connection.client_address[0].partition("%")[0]))
+        self.imds_calls.append((connection.command, path, source))
+
+        def make() -> Answer:
+            for port in self.ports.values():
+                if port.model.instance and source in port.addresses:
+                    instance = self.instances[port.model.instance.id]
+                    return metadata(self, instance, connection.command, path, connection.headers)
+            # It was terminated, or a test forgot to bind its socket.
+            return Answer(503, f"no instance has the address {source}".encode())
+
+        self._answer(connection, path.startswith, make)
+
+    def _answer_api(self, connection: Handler, body: bytes) -> None:
+        params = {name: values[0] for name, values in parse_qs(body.decode(), True).items()}
+        action, dry_run = params.get("Action", ""), params.get("DryRun") == "true"
+        key = connection.headers.get("Authorization", "").partition("Credential=")[2].split("/")[0]
+        session = self.sts.get_assumed_role_from_access_key(key)
+        call = Call(action, session.session_name if session else None, params, dry_run)
+        self.calls.append(call)
+        connection.sending = lambda status: setattr(call, "status", status)
+
+        def make() -> Answer:
+            return perform(self, connection, body, action, dry_run)
+
+        self._answer(connection, lambda what: what == action, make)

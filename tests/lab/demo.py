@@ -1,0 +1,76 @@
+"""The main job, step by step, on the simulated AWS. Run by tests/demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lab import Lab, Machine
+
+NAME = "web"
+
+
+def step(title: str) -> None:
+    print(f"\n# {title}", flush=True)
+
+
+def do(machine: Machine, command: str) -> None:
+    """Show a command and what it prints. Exits where it fails."""
+    print(f"$ {command}", flush=True)
+    done = machine.run("sh", "-c", command)
+    sys.stdout.write(done.stdout + done.stderr)
+    if done.returncode:
+        raise SystemExit(f"exit code {done.returncode}")
+
+
+def demonstrate(lab: Lab, machine: Machine) -> None:
+    step(f"An instance in the Auto Scaling group {NAME}. At boot, eni.service runs this:")
+    do(machine, "eni_ctl.py -a")
+    step("The state file tells other programs:")
+    do(machine, "cat /etc/default/eni")
+    step("What is so, in EC2 and on this host:")
+    do(machine, "eni_ctl.py -s; ip -brief address")
+    step("Give the network interface back:")
+    do(machine, "eni_ctl.py -d")
+    do(machine, "cat /etc/default/eni; ip -brief address")
+    calls = [call.action for call in lab.aws.calls]
+    step(f"AWS was asked {len(calls)} times in all: {', '.join(dict.fromkeys(calls))}")
+
+
+def shell(machine: Machine) -> int:
+    print(
+        f"This is {machine.instance.id}, an instance in the group {NAME}, with the scripts in "
+        "/usr/local/sbin.\nTry: eni_ctl.py -a, eni_ctl.py -s, ip rule, eni_ctl.py -d. "
+        "Leave with exit.",
+        flush=True,
+    )
+    machine.write("/root/.profile", f"PS1='{machine.instance.id}:\\w# '\n")
+    terminal = {name: os.environ[name] for name in ("TERM", "LANG") if name in os.environ}
+    environment = {**machine.environment, **terminal, "HOME": "/root", "ENV": "/root/.profile"}
+    command = machine.command("sh", "-c", "cd; exec sh -i")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what runs at the prompt
+    return subprocess.run(command, env=environment).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests/demo", description=__doc__)
+    parser.add_argument("--shell", action="store_true", help="a prompt on the simulated instance")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory, Lab(Path(directory)) as lab:
+        subnet = lab.add_subnet("10.0.1.0/24")
+        tags = {"FQDN": "web.example.com"}
+        lab.aws.create_eni(subnet, name=NAME, ip="10.0.1.22", tags=tags)
+        machine = lab.launch(subnet, group=NAME, ip="10.0.1.143")
+        if options.shell:
+            return shell(machine)
+        demonstrate(lab, machine)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

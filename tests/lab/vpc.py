@@ -1,0 +1,254 @@
+"""A VPC on one machine: subnets, their router, hosts in namespaces, and the source check.
+
+The current network namespace is the router: it has the first address of each subnet and
+fe80:ec2::1, the addresses of IMDS, and that of AWS's API endpoints. A subnet is a bridge. A host
+is a network and a mount namespace of its own, joined to bridges by veth pairs whose inner ends
+have the MAC addresses of its network interfaces. What a VPC does that a plain network does not:
+a frame whose source (IPv4, ARP or IPv6) is not an address of the interface it comes from is
+dropped, here by nftables on each bridge port.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import subprocess
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ENDPOINT = "203.0.113.10"  # AWS's API; RFC 5737's documentation network
+IMDS = ("169.254.169.254", "fd00:ec2::254")
+V6_ROUTER = "fe80:ec2::1"
+# A tmpfs, mounted by tests/lab/enter over a directory that each Debian host has.
+WORK = Path("/mnt")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+SOURCE_CHECK = """
+table bridge vpc {
+    set port4 { type ifname . ether_addr . ipv4_addr; }
+    set port6 { type ifname . ether_addr . ipv6_addr; }
+    set unchecked { type ifname; }
+    chain source_check {
+        type filter hook prerouting priority filter; policy drop;
+        iifname @unchecked accept
+        iifname . ether saddr . arp saddr ip @port4 accept
+        iifname . ether saddr . ip saddr @port4 accept
+        iifname . ether saddr . ip6 saddr @port6 accept
+        arp saddr ip 0.0.0.0 accept comment "address probe"
+        ip saddr 0.0.0.0 udp sport 68 accept comment "DHCP"
+        ip6 saddr { ::, fe80::/10 } accept
+        counter name dropped
+    }
+    counter dropped { }
+}
+"""
+
+# What a host needs of its own: a root home without the developer's settings, its own /run, and
+# /etc, /usr/local and /var/lib to write to, on top of this machine's. Where the lab's root is an
+# ordinary user, only directories made here are its own: those that are written to.
+HOST = """
+set -e
+cd "$1"
+for dir in etc/default etc/network etc/iproute2 usr/local/sbin var/lib/dhcp; do
+    mkdir -p "upper/$dir"
+done
+for dir in etc usr/local var/lib; do
+    mkdir -p "work/$dir"
+    mount -t overlay lab -o "lowerdir=/$dir,upperdir=$1/upper/$dir,workdir=$1/work/$dir" "/$dir"
+done
+mount -t tmpfs lab /run
+mount -t tmpfs lab /root
+mount -t sysfs sysfs /sys
+ip link set lo up
+echo up
+exec sleep infinity
+"""
+
+
+def run(*command: str, stdin: str = "") -> str:
+    """What the command prints. Raises RuntimeError with its error text."""
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()} {stdin.strip()}")
+    return done.stdout
+
+
+class Host:
+    """A machine in the VPC: its own network, mounts and files; programs are those of this one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.root = WORK / "hosts" / name
+        self.root.mkdir(parents=True)
+        self.environment = {"PATH": PATH}
+        self.init = subprocess.Popen(
+            ["unshare", "--net", "--mount", "sh", "-c", HOST, "sh", str(self.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.init.stdout
+        if self.init.stdout.readline() != "up\n":
+            raise RuntimeError(f"the namespaces of host {name} could not be made")
+
+    def command(self, *command: str) -> list[str]:
+        """The command line that runs a command on this host."""
+        enter = ["nsenter", "--target", str(self.init.pid), "--net", "--mount", "--wd=/", "--"]
+        return [*enter, *command]
+
+    def popen(
+        self, *command: str, environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a command on this host, in an environment as bare as at boot."""
+        return subprocess.Popen(
+            self.command(*command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**self.environment, **(environment or {})},
+        )
+
+    def run(
+        self, *command: str, environment: dict[str, str] | None = None, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on this host to its end; its exit code is the caller's business."""
+        process = self.popen(*command, environment=environment)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"{command} on {self.name} hangs: {out}{err}") from None
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def ip(self, *arguments: str) -> str:
+        return run(*self.command("ip", *arguments))
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Put a file on this host."""
+        run(
+            *self.command("sh", "-c", 'mkdir -p "${1%/*}" && cat > "$1" && chmod "$2" "$1"'),
+            "sh",
+            path,
+            f"{mode:o}",
+            stdin=text,
+        )
+
+    def read(self, path: str) -> str:
+        return run(*self.command("cat", path))
+
+    def exists(self, path: str) -> bool:
+        return self.run("test", "-e", path).returncode == 0
+
+    def devices(self) -> list[str]:
+        """Its network devices, but lo."""
+        return sorted(set(run(*self.command("ls", "/sys/class/net")).split()) - {"lo"})
+
+    def stop(self) -> None:
+        """Power off: everything that runs on it is its init's, or has been waited for."""
+        self.init.kill()
+        self.init.communicate()
+
+
+class Vpc:
+    """The router, its subnets, and what is plugged into them."""
+
+    def __init__(self) -> None:
+        self.bridges: dict[ipaddress.IPv4Network, str] = {}
+        self.prefixes6: dict[str, ipaddress.IPv6Network] = {}
+        self.ports: dict[str, str] = {}  # MAC address of the inner end: name of the outer end
+        self.count = 0
+        self.lock = threading.Lock()  # a plug comes from a thread of the simulated AWS
+        addresses = [f"addr add {a} dev lo" for a in (f"{ENDPOINT}/32", f"{IMDS[0]}/32")]
+        addresses += [f"addr add {IMDS[1]}/128 dev lo nodad", "link set lo up"]
+        run("ip", "-batch", "-", stdin="\n".join(addresses))
+        for switch in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+            Path("/proc/sys/net", switch).write_text("1")
+        run("nft", "-f", "-", stdin=SOURCE_CHECK)
+
+    def add_subnet(self, cidr: str, cidr6: str | None = None) -> None:
+        """A subnet of the VPC; its router has the first address."""
+        network = ipaddress.IPv4Network(cidr)
+        bridge = self.bridges[network] = f"subnet{len(self.bridges)}"
+        # A fixed MAC address: a bridge's own changes with its ports, and ARP caches go stale.
+        lines = [
+            f"link add {bridge} address 0e:00:00:00:00:{len(self.bridges):02x} type bridge",
+            f"link set {bridge} up",
+            f"addr add {network[1]}/{network.prefixlen} dev {bridge}",
+            f"addr add {V6_ROUTER}/64 dev {bridge} nodad",
+        ]
+        if cidr6:
+            self.prefixes6[bridge] = network6 = ipaddress.IPv6Network(cidr6)
+            lines.append(f"addr add {network6[1]}/{network6.prefixlen} dev {bridge} nodad")
+        run("ip", "-batch", "-", stdin="\n".join(lines))
+
+    def bridge_of(self, address: str) -> tuple[str, int]:
+        """The bridge and prefix length of the subnet that an address is in."""
+        for network, bridge in self.bridges.items():
+            if ipaddress.ip_address(address) in network:
+                return bridge, network.prefixlen
+        for bridge, network6 in self.prefixes6.items():
+            if ipaddress.ip_address(address) in network6:
+                return bridge, network6.prefixlen
+        raise ValueError(f"{address} is in no subnet of {self.bridges}")
+
+    def plug(self, host: Host, device: str, mac: str, addresses: Iterable[str]) -> None:
+        """A network interface with these addresses appears on the host as a device, still down."""
+        owned = list(addresses)
+        with self.lock:
+            self.count += 1
+            port = self.ports[mac] = f"port{self.count}"
+        for address in owned:
+            family = "6" if ":" in address else "4"
+            run("nft", f"add element bridge vpc port{family} {{ {port} . {mac} . {address} }}")
+        bridge, _ = self.bridge_of(owned[0])
+        inner = f"name {device} address {mac} netns {host.init.pid}"
+        lines = [
+            f"link add {port} type veth peer {inner}",
+            f"link set {port} master {bridge} up",
+        ]
+        run("ip", "-batch", "-", stdin="\n".join(lines))
+
+    def unplug(self, mac: str) -> None:
+        """The network interface goes, and its device with it. No matter if its host went first."""
+        with self.lock:
+            port = self.ports.pop(mac, None)
+        if port:
+            done = subprocess.run(["ip", "link", "delete", port], capture_output=True, text=True)
+            if done.returncode and "Cannot find device" not in done.stderr:
+                raise RuntimeError(f"ip link delete {port}: {done.stderr}")
+
+    def set_source_check(self, mac: str, on: bool) -> None:
+        """The interface's source/destination check, which a NAT instance switches off."""
+        verb = "delete" if on else "add"
+        run("nft", f"{verb} element bridge vpc unchecked {{ {self.ports[mac]} }}")
+
+    def configure(self, host: Host, device: str, addresses: Sequence[str]) -> None:
+        """Bring a device up with its addresses, as a network set-up on the host would."""
+        lines = [f"link set {device} up"]
+        for address in addresses:
+            _, prefix = self.bridge_of(address)
+            lines.append(f"addr add {address}/{prefix} dev {device}")
+            lines[-1] += " nodad" if ":" in address else ""
+        run(*host.command("ip", "-batch", "-"), stdin="\n".join(lines))
+
+    def add_default_route(self, host: Host, device: str, address: str) -> None:
+        _, prefix = self.bridge_of(address)
+        router = ipaddress.ip_interface(f"{address}/{prefix}").network[1]
+        host.ip("route", "add", "default", "via", str(router), "dev", device)
+
+    def close(self) -> None:
+        """Take the router's own devices and addresses away, so that another Vpc can be made."""
+        for mac in list(self.ports):
+            self.unplug(mac)
+        lines = [f"link delete {bridge}" for bridge in self.bridges.values()]
+        lines += ["addr flush dev lo"]
+        run("ip", "-batch", "-", stdin="\n".join(lines))
+        run("nft", "delete table bridge vpc")
+
+
+def in_lab() -> bool:
+    """Whether this process runs in the namespaces that tests/lab/enter makes."""
+    return os.path.ismount(WORK) and os.environ.get("ENI_LAB") == "inside"
