@@ -32,22 +32,29 @@ from lab.ec2 import EC2_THROTTLE, wildcard
 from lab.imds import target
 
 ENDPOINT, IMDS = "203.0.113.10", "169.254.169.254"
+IMDS6, ENI6 = "fd00:ec2::254", "2001:db8:0:1::5"
 HOST, PEER = "10.0.1.10", "10.0.1.11"
 ONCE: Any = {"total_max_attempts": 1}
 make_client: Callable[..., Any] = boto3.client  # its types want a literal name
 
 
-@pytest.fixture(scope="session")
-def addresses() -> None:
+@pytest.fixture(scope="module")
+def addresses() -> Iterator[None]:
+    """The addresses of AWS and of the instances, on lo while these tests run."""
     routes = subprocess.check_output(["ip", "-json", "route", "show", "default"])
     assert not json.loads(routes or "[]"), "run this in a network namespace of its own"
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for address in (ENDPOINT, IMDS, HOST, PEER, "10.0.1.77", "10.0.1.50"):
-        subprocess.run(["ip", "addr", "replace", f"{address}/32", "dev", "lo"], check=True)
-    for address in ("fd00:ec2::254", "2001:db8:0:1::5"):
-        subprocess.run(
-            ["ip", "addr", "replace", f"{address}/128", "dev", "lo", "nodad"], check=True
-        )
+    present = subprocess.check_output(["ip", "-oneline", "addr"], text=True)
+    ours = [
+        f"{address}/{128 if ':' in address else 32}"
+        for address in (ENDPOINT, IMDS, IMDS6, HOST, PEER, "10.0.1.77", "10.0.1.50", ENI6)
+        if f" {address}/" not in present
+    ]
+    for address in ours:
+        subprocess.run(["ip", "addr", "add", address, "dev", "lo"], check=True)
+    yield
+    for address in ours:
+        subprocess.run(["ip", "addr", "del", address, "dev", "lo"], check=True)
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def aws(addresses: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         return real(ENDPOINT if known else host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    with Aws(ca_dir=tmp_path, imds=(IMDS, "fd00:ec2::254")) as lab:
+    with Aws(ca_dir=tmp_path, imds=(IMDS, IMDS6)) as lab:
         yield lab
 
 
@@ -82,7 +89,7 @@ def ask(
     path: str, headers: dict[str, str] | None = None, method: str = "GET", source: str = HOST
 ) -> tuple[int, str]:
     """One request to IMDS from the address `source`: status and text."""
-    server = "fd00:ec2::254" if ":" in source else IMDS
+    server = IMDS6 if ":" in source else IMDS
     connection = HTTPConnection(server, 80, timeout=5, source_address=(source, 0))
     try:
         connection.request(method, f"/latest/{path}", headers=headers or {})
@@ -451,12 +458,12 @@ def test_describe_lags_behind_an_attach(aws: Aws, host: Instance, eni: str) -> N
 
 def test_an_eni_can_have_ipv6_addresses_only_and_secondaries(aws: Aws, subnet: str) -> None:
     host = aws.launch(subnet, ip=HOST, primary_name="web")
-    six = aws.create_eni(subnet, name="six", ipv6=["2001:db8:0:1::5"], ipv4=False)
+    six = aws.create_eni(subnet, name="six", ipv6=[ENI6], ipv4=False)
     many = aws.create_eni(subnet, name="many", secondary=["10.0.1.77"], tags={"FQDN": "a.b"})
     ec2 = client(aws)
     assert "PrivateIpAddress" not in described(ec2, six)
     assert described(ec2, six)["PrivateIpAddresses"] == []
-    assert described(ec2, six)["Ipv6Addresses"] == [{"Ipv6Address": "2001:db8:0:1::5"}]
+    assert described(ec2, six)["Ipv6Addresses"] == [{"Ipv6Address": ENI6}]
     private = described(ec2, many)["PrivateIpAddresses"]
     assert [item["Primary"] for item in private] == [True, False]
     assert {"Key": "FQDN", "Value": "a.b"} in described(ec2, many)["TagSet"]
@@ -669,10 +676,10 @@ def test_imds_knows_the_instance_by_any_of_its_addresses(
     aws: Aws, subnet: str, host: Instance
 ) -> None:
     aws.launch(subnet, ip=PEER)
-    eni = aws.create_eni(subnet, name="web", secondary=["10.0.1.77"], ipv6=["2001:db8:0:1::5"])
+    eni = aws.create_eni(subnet, name="web", secondary=["10.0.1.77"], ipv6=[ENI6])
     ec2 = client(aws)
     ec2.attach_network_interface(NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1)
-    for source in (HOST, "10.0.1.77", "2001:db8:0:1::5"):
+    for source in (HOST, "10.0.1.77", ENI6):
         assert metadata("instance-id", source) == host.id
     assert metadata("instance-id", PEER) != host.id
 
@@ -714,9 +721,14 @@ def test_the_target_life_cycle_state(life_cycle: str, expected: str) -> None:
 def test_botocore_gets_its_credentials_from_imds(
     aws: Aws, host: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subprocess.run(["ip", "route", "replace", f"{IMDS}/32", "dev", "lo", "src", HOST], check=True)
-    local = ["ip", "route", "replace", "local", f"{IMDS}/32", "dev", "lo", "table", "local"]
-    subprocess.run([*local, "src", HOST], check=True)
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if address[0] == IMDS:
+            self.bind((HOST, 0))
+        real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
     provider = InstanceMetadataProvider(InstanceMetadataFetcher(timeout=2, num_attempts=1))
     credentials = provider.load()
     assert credentials is not None
