@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
-from lab import Lab, Machine
+from lab import Lab, Machine, await_that
 
 
 def actions(lab: Lab) -> list[str]:
@@ -24,13 +24,6 @@ def wait_for_line(process: subprocess.Popen[str], pattern: str) -> str:
         if re.search(pattern, line):
             return line
     raise AssertionError(f"it ended without a line like {pattern}: {process.communicate()}")
-
-
-def await_that(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
 
 
 def test_attaches_the_eni_named_after_the_group(lab: Lab, machine: Machine, eni: str) -> None:

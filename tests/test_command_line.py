@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ def test_an_interrupt_ends_it_with_one_line(lab: Lab, machine: Machine) -> None:
     process = machine.start_eni_ctl("-a")
     assert process.stderr
     process.stderr.readline()
-    machine.run("pkill", "-INT", "-f", "eni_ctl.py -a")
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert err.startswith("interrupted: IMDS")
@@ -100,7 +101,7 @@ def test_sigterm_ends_it_at_once(lab: Lab, machine: Machine) -> None:
     assert process.stderr
     process.stderr.readline()
     started = time.monotonic()
-    machine.run("pkill", "-TERM", "-f", "eni_ctl.py -a")
+    process.terminate()
     process.communicate(timeout=20)
     assert process.returncode == -15
     assert time.monotonic() - started < 5

@@ -9,16 +9,19 @@ All of it lives in the namespaces that tests/lab/setup.sh makes (enter_lab).
 
 from __future__ import annotations
 
+import re
 import subprocess
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lab.aws import Aws, Instance
-from lab.vpc import ENDPOINT, IMDS, Host, Vpc
+from lab.vpc import ENDPOINT, IMDS, V6_ROUTER, Host, Vpc
 
 TOP = Path(__file__).parents[2]
+README = (TOP / "README.md").read_text()
 SCRIPTS = ("eni_ctl.py", "add_routes.py")
 
 
@@ -40,6 +43,8 @@ class Machine(Host):
         self.device_names = [f"eth{n}" for n in range(1, 16)]  # for what is plugged in later
         self.device_of: dict[str, str] = {}  # MAC address: device
         self.configures = True  # whether its network set-up cares for new devices
+        self.ifupdown = False  # whether that set-up is ifupdown's
+        self.hotplugs: list[subprocess.Popen[bytes]] = []  # ifup's runs for new devices
         self.appeared = threading.Event()  # set when an ENI's device is there
 
     def eni_ctl(
@@ -50,6 +55,39 @@ class Machine(Host):
 
     def start_eni_ctl(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return self.popen("eni_ctl.py", *arguments, environment=environment)
+
+    def start_ifupdown(self, interfaces: str) -> None:
+        """Boot the network: ifupdown, as configured by the text of /etc/network/interfaces."""
+        self.ifupdown = True
+        self.write("/etc/network/interfaces", interfaces)
+        self.run("mkdir", "-p", "/run/network")
+        self.run("mount", "-t", "tmpfs", "lab", "/etc/network/interfaces.d")
+        self.hotplug("ifup", "--verbose", "--all")
+        self.await_network()
+
+    def hotplug(self, *arguments: str) -> None:
+        """What udev starts when a device comes or goes: ifup or ifdown."""
+        log = self.root / "ifup.log"  # not a pipe: dhclient stays, and would hold it open
+        with log.open("ab") as file:
+            command = self.command(*arguments)
+            self.hotplugs.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    env=self.environment,
+                )
+            )
+
+    def await_network(self) -> None:
+        """Wait until all devices that came or went are set up: ifupdown has done its work, and
+        the kernel has found that no IPv6 address is in use by another (tentative ones are mute)."""
+        for process in self.hotplugs:
+            code = process.wait(30)
+            assert code == 0, (self.root / "ifup.log").read_text()
+        self.hotplugs.clear()
+        await_that(lambda: not self.ip("-6", "addr", "show", "tentative"))
 
     def state(self, path: str = "/etc/default/eni") -> dict[str, str]:
         """The state file, as bash reads it."""
@@ -78,23 +116,31 @@ class Lab:
         self.vpc.add_subnet(cidr, cidr6)
         return self.aws.add_subnet(cidr, f"{self.region}{zone}", cidr6)
 
-    def launch(self, subnet: str, **options: Any) -> Machine:
-        """A running instance with eth0 up; options are those of Aws.launch()."""
+    def launch(self, subnet: str, interfaces: str | None = None, **options: Any) -> Machine:
+        """A running instance with eth0 up: by ifupdown with that /etc/network/interfaces, or just
+        so. Other options are those of Aws.launch()."""
         instance = self.aws.launch(subnet, **options)
         machine = self.machines[instance.id] = Machine(instance, self.aws)
         eni = instance.primary
         self.vpc.plug(machine, "eth0", eni.mac_address, addresses(eni))
+        if interfaces is not None:
+            if self.vpc.dnsmasq is None:
+                self.vpc.start_dhcp()
+            machine.start_ifupdown(interfaces)
+            return machine
         self.vpc.configure(machine, "eth0", addresses(eni))
         self.vpc.add_default_route(machine, "eth0", instance.ip)
         return machine
 
-    def add_host(self, name: str, address: str, number: int) -> Host:
-        """A machine that is no instance: a neighbour or a client."""
+    def add_host(self, name: str, *owned: str) -> Host:
+        """A machine that is no instance, a neighbour or a client; it answers probes."""
         host = Host(name)
         self.hosts.append(host)
-        self.vpc.plug(host, "eth0", f"06:00:00:00:00:{number:02x}", [address])
-        self.vpc.configure(host, "eth0", [address])
-        self.vpc.add_default_route(host, "eth0", address)
+        self.vpc.plug(host, "eth0", f"06:00:00:00:00:{len(self.hosts):02x}", owned)
+        self.vpc.configure(host, "eth0", owned)
+        self.vpc.add_default_route(host, "eth0", owned[0])
+        host.ip("-6", "route", "add", "default", "via", V6_ROUTER, "dev", "eth0")
+        host.serve()
         return host
 
     def plug(self, instance_id: str, eni: Any) -> None:
@@ -103,16 +149,21 @@ class Lab:
         device = machine.device_names.pop(0)
         machine.device_of[eni.mac_address] = device
         self.vpc.plug(machine, device, eni.mac_address, addresses(eni))
-        machine.appeared.set()
-        if machine.configures:
+        if machine.ifupdown:
+            machine.hotplug("ifup", "--verbose", "--allow=hotplug", device)
+        elif machine.configures:
             self.vpc.configure(machine, device, addresses(eni))
+        machine.appeared.set()
 
     def unplug(self, instance_id: str, eni: Any) -> None:
         """AWS has detached an ENI: its device goes."""
         machine = self.machines.get(instance_id)
         self.vpc.unplug(eni.mac_address)
         if machine and eni.mac_address in machine.device_of:
-            machine.device_names.insert(0, machine.device_of.pop(eni.mac_address))
+            device = machine.device_of.pop(eni.mac_address)
+            machine.device_names.insert(0, device)
+            if machine.ifupdown:
+                machine.hotplug("ifdown", "--verbose", "--allow=hotplug", device)
 
     def terminate(self, machine: Machine) -> None:
         """The group ends the instance: it runs on until AWS has shut it down."""
@@ -131,6 +182,20 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def await_that(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def snippet(first_line: str) -> str:
+    """The code block of README.md that begins with that line, so that what it says is tried."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.M | re.S)
+    (found,) = [block for block in blocks if block.startswith(f"{first_line}\n")]
+    return str(found)
 
 
 def addresses(eni: Any) -> Sequence[str]:

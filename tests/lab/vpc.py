@@ -10,9 +10,12 @@ dropped, here by nftables on each bridge port.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,8 +23,10 @@ from pathlib import Path
 ENDPOINT = "203.0.113.10"  # AWS's API; RFC 5737's documentation network
 IMDS = ("169.254.169.254", "fd00:ec2::254")
 V6_ROUTER = "fe80:ec2::1"
-# A tmpfs, mounted by tests/lab/enter over a directory that each Debian host has.
+# A tmpfs, mounted by tests/lab/setup.sh over a directory that each Debian host has.
 WORK = Path("/mnt")
+LEASES = WORK / "leases"
+PROBE = Path(__file__).with_name("probe.py")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SOURCE_CHECK = """
@@ -79,8 +84,7 @@ class Host:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.root = WORK / "hosts" / name
-        self.root.mkdir(parents=True)
+        self.root = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=WORK))
         self.environment = {"PATH": PATH}
         self.init = subprocess.Popen(
             ["unshare", "--net", "--mount", "sh", "-c", HOST, "sh", str(self.root)],
@@ -146,9 +150,33 @@ class Host:
         """Its network devices, but lo."""
         return sorted(set(run(*self.command("ls", "/sys/class/net")).split()) - {"lo"})
 
+    def serve(self) -> None:
+        """Answer the probes of other hosts (tests/lab/probe.py)."""
+        server = self.popen("/usr/bin/python3", str(PROBE), "serve")
+        assert server.stdout
+        assert server.stdout.readline() == "ready\n"
+
+    def ask(self, address: str, source: str | None = None) -> str:
+        """Our address as the host at address sees it; empty where no connection comes about."""
+        bound = [source] if source else []
+        return self.run("/usr/bin/python3", str(PROBE), "ask", address, *bound).stdout.strip()
+
+    def processes(self) -> list[int]:
+        """All that runs on it: what is in its network namespace."""
+        here = os.readlink(f"/proc/{self.init.pid}/ns/net")
+        found = []
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(FileNotFoundError):  # it ended while we looked
+                if os.readlink(f"/proc/{process}/ns/net") == here:
+                    found.append(int(process))
+        return found
+
     def stop(self) -> None:
-        """Power off: everything that runs on it is its init's, or has been waited for."""
-        self.init.kill()
+        """Power off."""
+        if self.init.poll() is None:
+            for process in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         self.init.communicate()
 
 
@@ -160,6 +188,8 @@ class Vpc:
         self.prefixes6: dict[str, ipaddress.IPv6Network] = {}
         self.ports: dict[str, str] = {}  # MAC address of the inner end: name of the outer end
         self.count = 0
+        self.leases: dict[str, str] = {}  # MAC address: dnsmasq's line
+        self.dnsmasq: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()  # a plug comes from a thread of the simulated AWS
         addresses = [f"addr add {a} dev lo" for a in (f"{ENDPOINT}/32", f"{IMDS[0]}/32")]
         addresses += [f"addr add {IMDS[1]}/128 dev lo nodad", "link set lo up"]
@@ -203,6 +233,7 @@ class Vpc:
         for address in owned:
             family = "6" if ":" in address else "4"
             run("nft", f"add element bridge vpc port{family} {{ {port} . {mac} . {address} }}")
+        self.lease(mac, owned)
         bridge, _ = self.bridge_of(owned[0])
         inner = f"name {device} address {mac} netns {host.init.pid}"
         lines = [
@@ -219,6 +250,37 @@ class Vpc:
             done = subprocess.run(["ip", "link", "delete", port], capture_output=True, text=True)
             if done.returncode and "Cannot find device" not in done.stderr:
                 raise RuntimeError(f"ip link delete {port}: {done.stderr}")
+
+    def lease(self, mac: str, addresses: Sequence[str]) -> None:
+        """What DHCP gives to the interface: its primary address of each family."""
+        v4 = [address for address in addresses if ":" not in address][:1]
+        v6 = [f"[{address}]" for address in addresses if ":" in address][:1]
+        self.leases[mac] = ",".join([mac, *v4, *v6, "1h"])
+        if self.dnsmasq:
+            LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
+            self.dnsmasq.send_signal(signal.SIGHUP)
+
+    def start_dhcp(self) -> None:
+        """DHCPv4, router advertisements and DHCPv6 on all subnets that there are by now."""
+        ranges = [f"--dhcp-range={n[0]},static,{n.netmask},1h" for n in self.bridges]
+        for network6 in self.prefixes6.values():
+            ranges.append(f"--dhcp-range={network6[0]},static,{network6.prefixlen},1h")
+        LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
+        files = ["--conf-file=/dev/null", f"--dhcp-hostsfile={LEASES}", "--leasefile-ro"]
+        # As root: it could not read a file of ours after dropping that.
+        plain = ["--port=0", "--user=root", "--group=root", "--no-ping", "--enable-ra"]
+        self.dnsmasq = subprocess.Popen(
+            ["dnsmasq", "--keep-in-foreground", "--log-facility=-", *plain, *files, *ranges],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert self.dnsmasq.stderr
+        for line in self.dnsmasq.stderr:
+            if b"read " in line and str(LEASES).encode() in line:
+                break
+        else:
+            raise RuntimeError(f"dnsmasq ended: {self.dnsmasq.wait()}")
+        threading.Thread(target=self.dnsmasq.stderr.read, daemon=True).start()
 
     def set_source_check(self, mac: str, on: bool) -> None:
         """The interface's source/destination check, which a NAT instance switches off."""
@@ -241,6 +303,9 @@ class Vpc:
 
     def close(self) -> None:
         """Take the router's own devices and addresses away, so that another Vpc can be made."""
+        if self.dnsmasq:
+            self.dnsmasq.kill()
+            self.dnsmasq.wait()
         for mac in list(self.ports):
             self.unplug(mac)
         lines = [f"link delete {bridge}" for bridge in self.bridges.values()]

@@ -1,0 +1,620 @@
+"""add_routes.py as a process, on the kernel of a host with two ENIs and nobody behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = str(Path(__file__).parents[1] / "add_routes.py")
+# Its own network, its own /run and no rt_tables.d, until it ends.
+NAMESPACE = """
+mount --make-rprivate / && mount -t tmpfs run /run && mount -t tmpfs etc /etc/iproute2 &&
+printf '255 local\\n254 main\\n253 default\\n' > /etc/iproute2/rt_tables && ip link set lo up &&
+echo ready && exec sleep infinity
+"""
+# Stands before the real `ip`, counts its runs, and at one of them does something else.
+FAKE_IP = """#!/bin/sh
+echo >> "$CALLS"
+if [ $(wc -l < "$CALLS") = "$AT" ]; then {action}; fi
+exec {ip} "$@"
+"""
+
+
+class Kernel:
+    """A host's network namespace."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.process = subprocess.Popen(
+            ["unshare", "--net", "--mount", "sh", "-ec", NAMESPACE],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def command(self, *words: str) -> list[str]:
+        return ["nsenter", "-t", str(self.process.pid), "-n", "-m", *words]
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words),
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def sh(self, script: str) -> str:
+        done = self.run("sh", "-ec", script)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def json(self, words: str) -> Any:
+        return json.loads(self.sh(f"ip -N -json {words}") or "[]")
+
+    def add_routes(self, arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run(SCRIPT, *arguments.split(), **environment)
+
+    def serve(self, *calls: str) -> None:
+        for arguments in calls:
+            done = self.add_routes(arguments)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def add_device(self, device: str, *addresses: str) -> None:
+        """A veth whose other end is up too; no duplicate address detection, to save its second."""
+        self.sh(f"ip link add {device} type veth peer name {device}p")
+        conf = "/proc/sys/net/ipv6/conf"
+        self.sh(f"echo 0 > {conf}/{device}/accept_dad; echo 1 > {conf}/{device}p/disable_ipv6")
+        self.sh(f"ip link set {device}p up; ip link set {device} up")
+        for address in addresses:
+            self.sh(f"ip address add {address} dev {device}")
+
+    def state(self) -> list[str]:
+        """Rules, routes and interface groups, as `ip` lists them."""
+        words = ["ip -N -4 -d rule", "ip -N -6 -d rule", "ip -N -4 -d route show table all"]
+        words += ["ip -N -6 -d route show table all", "ip -o link | grep -o '^.* group [a-z0-9]*'"]
+        return sorted("".join(self.sh(line) for line in words).splitlines())
+
+    def rules(self) -> list[str]:
+        """What is ours of both families, without pref and protocol."""
+        lines = (self.sh("ip -N -4 rule") + self.sh("ip -N -6 rule")).splitlines()
+        ours = [line.removesuffix(" proto 77") for line in lines if line.endswith(" proto 77")]
+        return [line.replace("\t", " ") for line in ours]
+
+    def table(self, number: int, family: int = 4) -> list[str]:
+        """The table's routes that are ours."""
+        lines = self.sh(f"ip -N -{family} route show table {number} proto 77").splitlines()
+        return [line.strip() for line in lines]
+
+    def device_to(self, destination: str, source: str = "", more: str = "") -> str:
+        """The device by which the kernel would send; `ip route get` judges."""
+        words = f"route get {destination} {f'from {source}' if source else ''} {more}"
+        found = self.json(f"{'-6 ' if ':' in destination else ''}{words}")
+        return str(found[0]["dev"])
+
+    def fake_ip(self, action: str, at: int = 0) -> dict[str, str]:
+        """The environment in which the run number `at` of `ip` is the action."""
+        (self.directory / "calls").write_text("")
+        real = shutil.which("ip")
+        assert real is not None
+        fake = self.directory / "ip"
+        fake.write_text(FAKE_IP.format(ip=real, action=action))
+        fake.chmod(0o755)
+        path = f"{self.directory}:{os.environ['PATH']}"
+        return {"PATH": path, "CALLS": str(self.directory / "calls"), "AT": str(at)}
+
+    def calls(self) -> int:
+        return len((self.directory / "calls").read_text().splitlines())
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[Kernel]:
+    kernel = Kernel(tmp_path)
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def kernel(bare: Kernel) -> Kernel:
+    """eth0 with the default route, and eth1 in the same subnets."""
+    bare.add_device("eth0", "10.0.1.5/24", "2001:db8:1::5/64")
+    bare.add_device("eth1", "10.0.1.22/24", "2001:db8:1::22/64")
+    bare.sh("ip route add default via 10.0.1.1 dev eth0")
+    bare.sh("ip -6 route add default via fe80::1 dev eth0")
+    return bare
+
+
+def test_each_source_address_leaves_by_its_own_device(kernel: Kernel) -> None:
+    assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth0"  # the problem
+    kernel.serve("-d eth0", "-d eth1")
+    for destination in ("198.51.100.1", "10.0.1.77", "10.0.1.1"):
+        assert kernel.device_to(destination, "10.0.1.5") == "eth0"
+        assert kernel.device_to(destination, "10.0.1.22") == "eth1"
+    for destination in ("2001:db8:9::1", "2001:db8:1::77"):
+        assert kernel.device_to(destination, "2001:db8:1::5") == "eth0"
+        assert kernel.device_to(destination, "2001:db8:1::22") == "eth1"
+    assert kernel.device_to("198.51.100.1") == "eth0"
+    assert kernel.device_to("2001:db8:9::1") == "eth0"
+    assert kernel.table(101) == [
+        "default via 10.0.1.1 dev eth1",
+        "10.0.1.0/24 dev eth1 scope 253 src 10.0.1.22",
+    ]
+    assert "20001: from 10.0.1.22 lookup 101" in kernel.rules()
+
+
+def test_an_eni_is_right_even_where_nobody_serves_eth0(kernel: Kernel) -> None:
+    kernel.serve("-d eth1")
+    assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
+    assert kernel.device_to("2001:db8:9::1", "2001:db8:1::22") == "eth1"
+
+
+def test_main_stays_as_it_was(kernel: Kernel) -> None:
+    before = [kernel.sh(f"ip -{family} -d route show table main") for family in (4, 6)]
+    kernel.serve("-d eth0", "-d eth1 --default", "-d eth1", "-d eth1 -r")
+    assert [kernel.sh(f"ip -{family} -d route show table main") for family in (4, 6)] == before
+
+
+def test_a_second_run_only_reads(kernel: Kernel) -> None:
+    for arguments in ("-d eth0", "-d eth1 --default"):
+        kernel.serve(arguments)
+        before = kernel.state()
+        environment = kernel.fake_ip(":")
+        assert kernel.add_routes(arguments, **environment).returncode == 0
+        assert kernel.calls() == 2
+        assert kernel.state() == before
+
+
+def test_the_number_of_processes_does_not_grow_with_the_addresses(kernel: Kernel) -> None:
+    kernel.add_device("eth2", "10.0.2.9/24", "2001:db8:2::9/64")
+    kernel.add_device("eth3", "2001:db8:3::9/64", *(f"10.0.3.{n}/24" for n in range(10, 60)))
+    calls = []
+    for device in ("eth2", "eth3"):
+        assert kernel.add_routes(f"-d {device}", **kernel.fake_ip(":")).returncode == 0
+        calls.append(kernel.calls())
+    # Two ask, two change.
+    assert calls == [4, 4]
+    for n in range(10, 60):
+        assert kernel.device_to("198.51.100.1", f"10.0.3.{n}") == "eth3"
+
+
+def test_containers_and_static_routes_of_main_go_on(kernel: Kernel) -> None:
+    kernel.sh("ip link add br0 type bridge; ip link set br0 up; ip addr add 172.17.0.1/16 dev br0")
+    kernel.sh("ip route add 192.0.2.0/24 via 10.0.1.77 dev eth0")
+    kernel.sh("ip route add 203.0.113.0/24 via 10.0.1.88 dev eth1")
+    kernel.serve("-d eth0", "-d eth1")
+    for source in ("10.0.1.5", "10.0.1.22"):
+        assert kernel.device_to("172.17.0.9", source) == "br0"
+    assert kernel.json("route get 192.0.2.9 from 10.0.1.5")[0]["gateway"] == "10.0.1.77"
+    assert kernel.json("route get 192.0.2.9 from 10.0.1.22")[0]["gateway"] == "10.0.1.1"
+    assert kernel.device_to("192.0.2.9", "10.0.1.22") == "eth1"
+    assert kernel.json("route get 203.0.113.9 from 10.0.1.22")[0]["gateway"] == "10.0.1.88"
+
+
+@pytest.mark.parametrize(
+    ("address", "arguments", "gateway"),
+    [
+        ("10.0.22.7/20", "", "10.0.16.1"),
+        ("10.0.22.7/28", "", "10.0.22.1"),
+        ("10.0.22.7/24", "-g 10.0.22.9", "10.0.22.9"),
+        ("10.0.22.7/32", "-n 10.0.16.0/20", "10.0.16.1"),
+        ("10.0.22.7/32", "-g 10.0.22.9", "10.0.22.9"),
+        ("10.0.22.7/24", "-n 10.0.22.0/28", "10.0.22.1"),
+        ("2001:db8:2::7/64", "", "fe80:ec2::1"),
+        ("2001:db8:2::7/64", "-g fe80::9", "fe80::9"),
+        ("2001:db8:2::7/128", "", "fe80:ec2::1"),
+        ("2001:db8:2::7/64", "-g 2001:db8:2::1", "2001:db8:2::1"),
+    ],
+)
+def test_the_gateway_is_that_of_the_subnet(
+    kernel: Kernel, address: str, arguments: str, gateway: str
+) -> None:
+    kernel.add_device("eth2", address)
+    kernel.serve(f"-d eth2 {arguments}")
+    family = 6 if ":" in address else 4
+    found = kernel.json(f"-{family} route show table 102 default")
+    assert [(route["gateway"], route["dev"]) for route in found] == [(gateway, "eth2")]
+    before = kernel.state()
+    kernel.serve(f"-d eth2 {arguments}")
+    assert kernel.state() == before
+
+
+def test_an_ipv6_router_that_main_knows_is_the_gateway(kernel: Kernel) -> None:
+    kernel.sh("ip -6 route add default via fe80::99 dev eth1 metric 2048 proto ra")
+    kernel.sh(
+        "ip -6 addr del 2001:db8:1::22/64 dev eth1; ip -6 addr add 2001:db8:1::22/128 dev eth1"
+    )
+    kernel.sh("ip -6 route add 2001:db8:1::/64 dev eth1 metric 300 proto ra")
+    kernel.serve("-d eth0", "-d eth1")
+    assert kernel.json("-6 route show table 101 default")[0]["gateway"] == "fe80::99"
+    assert kernel.device_to("2001:db8:1::77", "2001:db8:1::22") == "eth1"
+    assert "gateway" not in kernel.json("-6 route get 2001:db8:1::77 from 2001:db8:1::22")[0]
+
+
+def test_a_new_gateway_replaces_the_old_one(kernel: Kernel) -> None:
+    kernel.serve("-d eth1", "-d eth1 -g 10.0.1.9")
+    assert kernel.json("route show table 101 default")[0]["gateway"] == "10.0.1.9"
+    kernel.serve("-d eth1")
+    assert kernel.json("route show table 101 default")[0]["gateway"] == "10.0.1.1"
+
+
+def test_only_addresses_that_can_be_a_source_get_a_rule(kernel: Kernel) -> None:
+    kernel.sh("ip addr add 169.254.9.9/16 dev eth1 scope link")
+    kernel.sh("ip -6 addr add 2001:db8:1::dead/64 dev eth1 preferred_lft 0")
+    kernel.sh("echo 1 > /proc/sys/net/ipv6/conf/eth1/accept_dad; ip link add x type veth peer y")
+    kernel.sh("ip link set eth1p down; ip -6 addr add 2001:db8:1::7e/64 dev eth1")
+    assert kernel.json("-6 addr show dev eth1 tentative")[0]["addr_info"]
+    kernel.serve("-d eth1")
+    sources = {rule.split()[2] for rule in kernel.rules() if rule.startswith("20001:")}
+    assert sources == {"10.0.1.22", "2001:db8:1::22", "2001:db8:1::7e"}
+
+
+def test_an_address_that_went_away_leaves_no_rule(kernel: Kernel) -> None:
+    kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
+    kernel.serve("-d eth0", "-d eth1")
+    kernel.sh("ip addr del 10.0.1.23/24 dev eth1; ip addr add 10.0.1.24/24 dev eth1")
+    kernel.serve("-d eth1")
+    sources = [rule.split()[2] for rule in kernel.rules() if "lookup 101" in rule]
+    assert sources == ["10.0.1.22", "10.0.1.24", "2001:db8:1::22"]
+
+
+def test_an_address_that_moved_follows_its_device(kernel: Kernel) -> None:
+    kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
+    kernel.serve("-d eth0", "-d eth1")
+    kernel.sh("ip addr del 10.0.1.23/24 dev eth1; ip addr add 10.0.1.23/24 dev eth0")
+    kernel.serve("-d eth0")
+    assert kernel.device_to("198.51.100.1", "10.0.1.23") == "eth0"
+
+
+@pytest.mark.parametrize("pulled", [False, True], ids=["there", "gone"])
+@pytest.mark.parametrize("device", ["eth1", "ens5"])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_removing_leaves_nothing_of_the_device(
+    kernel: Kernel, device: str, pulled: bool, named: bool
+) -> None:
+    if device != "eth1":
+        kernel.add_device(device, "10.0.5.5/24", "2001:db8:5::5/64")
+    kernel.serve("-d eth0")
+    before = kernel.state()
+    kernel.serve(f"-d {device} --default")
+    assert kernel.state() != before
+    if not named:
+        kernel.sh("rm -r /etc/iproute2/rt_tables.d")
+    if pulled:
+        kernel.sh(f"ip link del {device}")
+    kernel.serve(f"-d {device} -r")
+    assert [rule for rule in kernel.rules() if "lookup 100" not in rule] == [
+        "20000: from all lookup 254 suppress_prefixlength 0 suppress_ifgroup 7700"
+    ] * 2
+    if not pulled:
+        assert kernel.state() == before
+    kernel.serve(f"-d {device} -r", "-d eth0 -r")
+    assert kernel.rules() == []
+    assert " group 7700" not in kernel.sh("ip -o link")
+    assert kernel.device_to("198.51.100.1", "10.0.1.5") == "eth0"
+
+
+@pytest.mark.parametrize(
+    ("devices", "tables"),
+    [
+        (["eth0", "eth1", "eth10"], [100, 101, 110]),
+        (["ens5", "enp0s6"], [1000, 1001]),
+        (["eth152", "eth153", "eth154", "eth155", "eth900"], [252, 1000, 1001, 1002, 1003]),
+        (["eth01", "eth1.10", "eth1"], [1000, 1001, 101]),
+    ],
+)
+def test_each_device_has_a_table_of_its_own(
+    bare: Kernel, devices: list[str], tables: list[int]
+) -> None:
+    for n, device in enumerate(devices):
+        bare.add_device(device, f"10.0.{n}.9/24")
+    for _ in range(2):  # the second run finds the names
+        bare.serve(*(f"-d {device}" for device in devices))
+        found = [rule.split()[-1] for rule in bare.rules() if rule.startswith("20001:")]
+        assert found == [str(table) for table in tables]
+    for device in devices:
+        assert f"dev {device} " in bare.sh(f"ip route show table {device}")
+
+
+def test_a_table_keeps_the_number_that_its_name_has(bare: Kernel) -> None:
+    bare.sh("mkdir /etc/iproute2/rt_tables.d; echo 77 eth1 > /etc/iproute2/rt_tables.d/eth1.conf")
+    bare.sh("echo 0x3e8 isp >> /etc/iproute2/rt_tables; echo 102 isp2 >> /etc/iproute2/rt_tables")
+    bare.sh("ip rule add from 192.0.2.1 lookup 1001")
+    for n, device in enumerate(("eth1", "eth2", "ens5")):
+        bare.add_device(device, f"10.0.{n}.9/24")
+        bare.serve(f"-d {device}")
+    found = [rule.split()[-1] for rule in bare.rules() if rule.startswith("20001:")]
+    assert found == ["77", "1002", "1003"]
+    assert bare.sh("cat /etc/iproute2/rt_tables.d/eth2.conf") == "1002 eth2\n"
+
+
+def test_a_table_can_be_given_by_name_or_number(bare: Kernel) -> None:
+    bare.sh("echo 300 isp >> /etc/iproute2/rt_tables")
+    for n, arguments in enumerate(("eth1 -t isp", "eth2 -t 400", "eth3 -t new", "ens5 -t other")):
+        bare.add_device(arguments.split()[0], f"10.0.{n}.9/24")
+        bare.serve(f"-d {arguments}", f"-d {arguments}")
+    found = [rule.split()[-1] for rule in bare.rules() if rule.startswith("20001:")]
+    assert found == ["300", "400", "103", "1000"]
+    assert "dev eth3" in bare.sh("ip route show table new")
+    before = bare.state()
+    done = bare.add_routes("-d eth1 -t 400")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert bare.state() == before
+    bare.serve("-d eth1")  # nothing says otherwise: where it is now
+    assert bare.table(300)
+
+
+def test_without_a_writable_etc_the_numbers_stay(bare: Kernel) -> None:
+    bare.add_device("ens5", "10.0.5.9/24")
+    bare.add_device("ens6", "10.0.6.9/24")
+    bare.sh("mount -o remount,ro /etc/iproute2")
+    for _ in range(2):
+        for device in ("ens6", "ens5"):
+            done = bare.add_routes(f"-d {device}")
+            assert done.returncode == 0
+            assert "rt_tables.d" in done.stderr
+            assert done.stderr.count("\n") == 1
+    assert [r.split()[-1] for r in bare.rules() if r.startswith("20001:")] == ["1000", "1001"]
+
+
+def test_default_sends_the_rest_by_the_device_as_long_as_it_is_there(kernel: Kernel) -> None:
+    kernel.add_device("eth2", "10.0.2.9/24")
+    kernel.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+    kernel.serve("-d eth0", "-d eth1 --default")
+    assert kernel.device_to("198.51.100.1") == "eth1"
+    assert kernel.device_to("2001:db8:9::1") == "eth1"
+    assert kernel.device_to("198.51.100.1", "10.0.2.77", "iif eth2") == "eth1"
+    assert kernel.device_to("169.254.169.254") == "eth0"
+    assert kernel.device_to("fd00:ec2::254") == "eth0"
+    assert kernel.device_to("10.0.2.77") == "eth2"
+    assert kernel.device_to("198.51.100.1", "10.0.1.5") == "eth0"
+    kernel.sh("ip link del eth1")
+    assert kernel.device_to("198.51.100.1") == "eth0"
+    assert kernel.device_to("2001:db8:9::1") == "eth0"
+    assert kernel.device_to("198.51.100.1", "10.0.2.77", "iif eth2") == "eth0"
+
+
+def test_the_last_call_for_default_wins_and_a_call_without_it_ends_it(kernel: Kernel) -> None:
+    kernel.serve("-d eth0 --default", "-d eth1 --default")
+    assert kernel.device_to("198.51.100.1") == "eth1"
+    assert sum(rule.startswith("32702:") for rule in kernel.rules()) == 2
+    kernel.serve("-d eth0 -r")
+    assert kernel.device_to("198.51.100.1") == "eth1"
+    kernel.serve("-d eth1")
+    assert [rule for rule in kernel.rules() if rule.startswith("327")] == []
+
+
+def test_hooks_at_once_do_not_disturb_each_other(kernel: Kernel) -> None:
+    kernel.serve("-d eth0", "-d eth1 --default")
+    wanted = kernel.state()
+    kernel.serve("-d eth0 -r", "-d eth1 -r")
+    hooks = [
+        subprocess.Popen(
+            kernel.command(SCRIPT, "-d", *arguments), stderr=subprocess.PIPE, text=True
+        )
+        for arguments in [["eth0"], ["eth1", "--default"]] * 4
+    ]
+    ends = [(hook.communicate(timeout=60)[1], hook.returncode) for hook in hooks]
+    assert ends == [("", 0)] * 8
+    assert kernel.state() == wanted
+
+
+def test_what_another_program_does_at_the_same_moment_is_no_error(kernel: Kernel) -> None:
+    kernel.serve("-d eth0")
+    before = kernel.state()
+    real, rule = shutil.which("ip"), "pref 20001 from 10.0.1.22 lookup 101 protocol 77"
+    done = kernel.add_routes("-d eth1", **kernel.fake_ip(f"{real} rule add {rule}", 3))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
+    assert kernel.table(101, 6)
+    done = kernel.add_routes("-d eth1 -r", **kernel.fake_ip(f"{real} rule del {rule}", 3))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert kernel.state() == before
+    kernel.serve("-d eth1")
+    done = kernel.add_routes("-d eth1 -r", **kernel.fake_ip(f"{real} link del eth1", 3))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [rule for rule in kernel.rules() if "lookup 101" in rule] == []
+
+
+@pytest.mark.parametrize("arguments", ["-d eth1 --default", "-d eth1 -r"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_failing_ip_leaves_everything_as_it_was(
+    kernel: Kernel, arguments: str, after: bool
+) -> None:
+    kernel.serve("-d eth0", "-d eth1" if "-r" in arguments else "-d eth0")
+    before = kernel.state()
+    action = "echo 'RTNETLINK answers: Out of luck' >&2; exit 2"
+    if after:  # it did all, and yet failed
+        action = f'{shutil.which("ip")} "$@" >/dev/null; {action}'
+    for at in range(1, 5):
+        done = kernel.add_routes(arguments, **kernel.fake_ip(action, at))
+        assert done.returncode == 1
+        assert "RTNETLINK answers: Out of luck" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert kernel.state() == before
+
+
+def test_what_the_kernel_refuses_is_said_in_its_words_and_undone(kernel: Kernel) -> None:
+    kernel.add_device("eth2", "10.0.2.9/24", "2001:db8:2::9/64")
+    kernel.serve("-d eth0")
+    before = kernel.state()
+    local = kernel.sh("ip -6 -o address show dev eth2 scope link").split()[3].split("/")[0]
+    done = kernel.add_routes(f"-d eth2 -g {local}")  # after all of IPv4 was done
+    assert done.returncode == 1
+    assert f"ip -6 route add default via {local} dev eth2" in done.stderr
+    assert "Error: Gateway can not be a local address" in done.stderr
+    assert kernel.state() == before
+    kernel.sh("ip link set eth2 down")
+    before = kernel.state()
+    done = kernel.add_routes("-d eth2")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "ip -4 route add 10.0.2.0/24 dev eth2" in done.stderr
+    assert "Device for nexthop is not up" in done.stderr
+    assert kernel.state() == before
+
+
+def test_killed_at_any_ip_the_next_run_makes_it_right(kernel: Kernel) -> None:
+    kernel.serve("-d eth0", "-d eth1 --default")
+    wanted = kernel.state()
+    kernel.serve("-d eth1 -r")
+    without = kernel.state()
+    for after in ("", f'{shutil.which("ip")} "$@" > /dev/null; '):
+        for at in range(1, 5):
+            for arguments, end in (("-d eth1 --default", wanted), ("-d eth1 -r", without)):
+                environment = kernel.fake_ip(f"{after}kill -9 $PPID; exit 1", at)
+                assert kernel.add_routes(arguments, **environment).returncode == -9
+                kernel.serve(arguments)
+                assert kernel.state() == end
+
+
+def test_what_others_made_stays(kernel: Kernel) -> None:
+    others = [
+        "ip route add 198.51.100.0/24 via 10.0.1.66 dev eth1 table 101",
+        "ip rule add pref 20001 from 10.0.1.99 lookup 101",
+        "ip rule add pref 50 from 192.0.2.7 lookup 7",
+        "ip route add default via 10.0.1.77 dev eth1 table 101",
+    ]
+    kernel.sh("\n".join(others))
+    before = kernel.state()
+    kernel.serve("-d eth0", "-d eth1 --default")
+    assert kernel.json("route get 198.51.100.9 from 10.0.1.22")[0]["gateway"] == "10.0.1.66"
+    assert kernel.json("route show table 101 default")[0]["gateway"] == "10.0.1.77"
+    second = kernel.state()
+    kernel.serve("-d eth1 --default")
+    assert kernel.state() == second
+    kernel.serve("-d eth1 -r", "-d eth0 -r")
+    assert kernel.state() == before
+
+
+@pytest.mark.parametrize("arguments", ["-d eth1", "-d eth1 --default"])
+def test_a_dry_run_prints_what_a_shell_can_run(kernel: Kernel, arguments: str) -> None:
+    before = kernel.state()
+    done = kernel.add_routes(f"{arguments} --dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert kernel.state() == before
+    assert kernel.sh("ls /etc/iproute2; find /run -name '*.lock'") == "rt_tables\n"
+    kernel.sh(done.stdout)
+    by_hand = kernel.state()
+    kernel.serve(f"{arguments} -r", arguments)
+    assert kernel.state() == by_hand
+    assert kernel.add_routes(f"{arguments} --dry-run").stdout == ""
+
+
+def test_verbose_says_each_command(kernel: Kernel) -> None:
+    dry = kernel.add_routes("-d eth1 --dry-run").stdout
+    said = kernel.add_routes("-d eth1 -v").stderr
+    assert [line for line in said.splitlines() if "-json" not in line] == dry.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        ("-d eth7", 1, "eth7"),
+        ("-d eth2", 1, "eth2"),  # has no address
+        ("-d eth1;reboot", 1, "eth1;reboot"),
+        ("--device=-batch", 1, "-batch"),
+        ("-d ../x", 1, "../x"),
+        ("-d .", 1, "'.'"),
+        ("-d all", 1, "all"),
+        ("-d default", 1, "default"),
+        ("-d sixteen-letters-", 1, "sixteen-letters-"),
+        ("-d eth1#", 1, "eth1#"),
+        ("-d $(reboot)", 1, "$(reboot)"),
+        ("-d :0", 1, "''"),
+        ("-d éth1", 1, "éth1"),
+        ("-r -d ../x", 1, "../x"),
+        ("-d eth1 -g 10.0.2.1", 1, "10.0.2.1"),
+        ("-d eth1 -g 10.0.1.1 -n 10.0.1.16/28", 1, "10.0.1.1 "),
+        ("-d eth1 -g 10.0.1.22", 1, "10.0.1.22"),
+        ("-d eth1 -g 10.0.1.40 -n 10.0.1.16/28", 1, "10.0.1.40"),
+        ("-d eth1 -n 10.9.0.0/24", 1, "10.9.0.0/24"),
+        ("-d eth1 -g 2001:db8:9::1", 1, "2001:db8:9::1"),
+        ("-d eth1 -n 24", 2, "24"),
+        ("-d eth1 -n 10.0.1.22/24", 2, "10.0.1.22/24"),
+        ("-d eth1 -n 10.0.1.0", 2, "10.0.1.0"),
+        ("-d eth1 -n 0.0.0.0/0", 2, "0.0.0.0/0"),
+        ("-d eth1 -g router", 2, "router"),
+        ("-d eth1 -t main", 1, "main"),
+        ("-d eth1 -t 255", 1, "255"),
+        ("-d eth1 -t 0", 1, "table 0"),
+        ("-d eth1 -t 4294967296", 1, "4294967296"),
+        ("-d eth1 -t a;b", 1, "a;b"),
+        ("-d eth3", 1, "10.0.3.9/32"),
+        ("-d eth4", 1, "group 5"),
+        ("-d eth1 -x", 2, "-x"),
+        ("-d", 2, "-d"),
+        ("", 2, "-d"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_no_change(
+    kernel: Kernel, arguments: str, code: int, named: str
+) -> None:
+    kernel.add_device("eth2")
+    kernel.add_device("eth3", "10.0.3.9/32")
+    kernel.add_device("eth4", "10.0.4.9/24")
+    kernel.sh("ip link set eth4 group 5; ip addr flush dev eth2")
+    before = kernel.state()
+    done = kernel.add_routes(arguments, IFACE="")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("add_routes.py: ")
+    assert done.stderr.count("\n") == 1
+    assert named in done.stderr
+    assert kernel.state() == before
+    assert not kernel.run("ls", "/etc/iproute2/rt_tables.d").stdout
+
+
+def test_ifupdown_says_the_device_by_the_environment(kernel: Kernel) -> None:
+    before = kernel.state()
+    for device in ("--all", "lo"):
+        for arguments in ("", "-r"):
+            done = kernel.add_routes(arguments, IFACE=device, MODE="start", PHASE="post-up")
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert kernel.state() == before
+    assert kernel.add_routes("", IFACE="eth1:0", MODE="start").returncode == 0
+    assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
+    assert kernel.add_routes("-r", IFACE="eth1", MODE="stop").returncode == 0
+    assert kernel.state() == before
+
+
+def test_without_a_lock_nothing_is_done(kernel: Kernel) -> None:
+    kernel.sh("mount -o remount,ro /run")
+    before = kernel.state()
+    done = kernel.add_routes("-d eth1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "add_routes.py: /run/add_routes.lock: Read-only file system\n"
+    assert kernel.state() == before
+
+
+def test_a_run_waits_for_another(kernel: Kernel) -> None:
+    holder = subprocess.Popen(
+        kernel.command("flock", "/run/add_routes.lock", "sh", "-c", "echo held; read line"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    waiting = subprocess.Popen(kernel.command(SCRIPT, "-d", "eth1"))
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(timeout=0.5)
+    assert kernel.rules() == []
+    holder.communicate("done\n", timeout=10)
+    assert waiting.wait(timeout=10) == 0
+    assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
+
+
+def test_without_ip_it_says_so(kernel: Kernel) -> None:
+    done = kernel.run("/usr/bin/env", "PATH=/nowhere", "/usr/bin/python3", SCRIPT, "-d", "eth1")
+    assert (done.returncode, done.stderr) == (1, "add_routes.py: ip: No such file or directory\n")
