@@ -6,11 +6,12 @@ The VPC drops what leaves by another interface than the one that owns its source
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 
 import pytest
-from lab import Lab, Machine, snippet
+from lab import Lab, Machine, await_that, snippet
 from lab.vpc import Host, run
 
 INTERFACES = snippet("# /etc/network/interfaces")
@@ -57,11 +58,17 @@ class World:
 
     def rules_and_routes(self) -> str:
         """The same, but for IPv6 routes: routers advertise at times of their own."""
-        ask = ["-d rule", "-6 -d rule", "route show table all"]
+        ask = ["-4 -d rule", "-6 -d rule", "-4 route show table all"]
         return "".join(self.machine.ip(*words.split()) for words in ask)
 
     def main(self) -> str:
         return self.machine.ip("route") + self.machine.ip("-6", "route")
+
+    def await_router(self, device: str) -> None:
+        """Wait until a router has advertised itself there, and let add_routes.py know of it."""
+        ask = ["-6", "route", "show", "default", "dev", device]
+        await_that(lambda: self.machine.ip(*ask) != "")
+        assert self.machine.run("add_routes.py", "-d", device).returncode == 0
 
     def answers(self, *own: str) -> list[str]:
         """What of the instance's addresses does not work, with client and neighbour, in and out."""
@@ -129,6 +136,27 @@ def test_ipv6_works_the_same(make_world: Callable[..., World], place: tuple[str,
     world = make_world(INTERFACES + INTERFACES6)
     world.attach(place)
     assert world.answers(ETH0, place[1], ETH0_6, place[2]) == []
+    world.await_router("eth1")
+    ask = ["-6", "route", "show", "default", "dev", "eth1", "table"]
+    learnt, used = (gateways(world.machine.ip(*ask, table)) for table in ("main", "eth1"))
+    assert len(used) == 1
+    assert used <= learnt
+
+
+def gateways(routes: str) -> set[str]:
+    return set(re.findall(r"via (\S+)", routes))
+
+
+def test_without_router_advertisements_the_vpcs_own_router_is_used(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world(INTERFACES + INTERFACES6.replace("dhcp\n", "dhcp\n    accept_ra 0\n"))
+    world.machine.ip("-6", "route", "replace", "default", "via", "fe80:ec2::1", "dev", "eth0")
+    # Before ifupdown comes to the stanza, the one for IPv4 has brought the device up.
+    world.machine.run("sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/default/accept_ra")
+    world.attach(OTHER)
+    assert "via" not in world.machine.ip("-6", "route", "show", "dev", "eth1")
+    assert world.answers(ETH0_6, OTHER[2]) == []
     assert "via fe80:ec2::1 dev eth1" in world.machine.ip("-6", "route", "show", "table", "eth1")
 
 
@@ -143,6 +171,8 @@ def test_main_is_left_alone_and_further_runs_change_nothing(
 ) -> None:
     world = make_world(INTERFACES + INTERFACES6)
     world.attach(SAME)
+    for device in ("eth0", "eth1"):
+        world.await_router(device)
     routing = world.routing()
     for device in ("eth0", "eth1", "eth0"):
         done = world.machine.run("add_routes.py", "-d", device)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lab.aws import Aws, Instance
 from lab.vpc import ENDPOINT, IMDS, V6_ROUTER, Host, Vpc
@@ -89,6 +89,26 @@ class Machine(Host):
         self.hotplugs.clear()
         await_that(lambda: not self.ip("-6", "addr", "show", "tentative"))
 
+    def plug(self, vpc: Vpc, eni: Any) -> None:
+        """An ENI's device appears, and the host's set-up configures it."""
+        device = self.device_names.pop(0)
+        self.device_of[eni.mac_address] = device
+        vpc.plug(self, device, eni.mac_address, addresses(eni))
+        if self.ifupdown:
+            self.hotplug("ifup", "--verbose", "--allow=hotplug", device)
+        elif self.configures:
+            vpc.configure(self, device, addresses(eni))
+        self.appeared.set()
+
+    def unplug(self, vpc: Vpc, eni: Any) -> None:
+        """An ENI's device goes."""
+        vpc.unplug(eni.mac_address)
+        device = self.device_of.pop(eni.mac_address, None)
+        if device:
+            self.device_names.insert(0, device)
+            if self.ifupdown:
+                self.hotplug("ifdown", "--verbose", "--allow=hotplug", device)
+
     def state(self, path: str = "/etc/default/eni") -> dict[str, str]:
         """The state file, as bash reads it."""
         keys = "FQDN IP GW DEVICE ASG_NAME INSTANCE_ID ENI_ID ATTACHMENT_ID"
@@ -99,6 +119,14 @@ class Machine(Host):
         return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
 
 
+class Pluggable(Protocol):
+    """What an instance runs on: namespaces (Machine) or qemu (lab.boot.Booted)."""
+
+    def plug(self, vpc: Vpc, eni: Any) -> None: ...
+    def unplug(self, vpc: Vpc, eni: Any) -> None: ...
+    def stop(self) -> None: ...
+
+
 class Lab:
     """One region with its VPC. Close it, or use it as a context manager."""
 
@@ -107,7 +135,7 @@ class Lab:
         self.vpc = Vpc()
         self.aws = Aws(region=region, endpoint=ENDPOINT, imds=IMDS, ca_dir=directory)
         self.aws.plug, self.aws.unplug = self.plug, self.unplug
-        self.machines: dict[str, Machine] = {}
+        self.machines: dict[str, Pluggable] = {}
         self.hosts: list[Host] = []
         self.aws.start()
 
@@ -120,7 +148,7 @@ class Lab:
         """A running instance with eth0 up: by ifupdown with that /etc/network/interfaces, or just
         so. Other options are those of Aws.launch()."""
         instance = self.aws.launch(subnet, **options)
-        machine = self.machines[instance.id] = Machine(instance, self.aws)
+        self.machines[instance.id] = machine = Machine(instance, self.aws)
         eni = instance.primary
         self.vpc.plug(machine, "eth0", eni.mac_address, addresses(eni))
         if interfaces is not None:
@@ -144,26 +172,13 @@ class Lab:
         return host
 
     def plug(self, instance_id: str, eni: Any) -> None:
-        """AWS has attached an ENI: its device appears, and the host's set-up configures it."""
-        machine = self.machines[instance_id]
-        device = machine.device_names.pop(0)
-        machine.device_of[eni.mac_address] = device
-        self.vpc.plug(machine, device, eni.mac_address, addresses(eni))
-        if machine.ifupdown:
-            machine.hotplug("ifup", "--verbose", "--allow=hotplug", device)
-        elif machine.configures:
-            self.vpc.configure(machine, device, addresses(eni))
-        machine.appeared.set()
+        """AWS has attached an ENI: its device appears."""
+        self.machines[instance_id].plug(self.vpc, eni)
 
     def unplug(self, instance_id: str, eni: Any) -> None:
         """AWS has detached an ENI: its device goes."""
-        machine = self.machines.get(instance_id)
-        self.vpc.unplug(eni.mac_address)
-        if machine and eni.mac_address in machine.device_of:
-            device = machine.device_of.pop(eni.mac_address)
-            machine.device_names.insert(0, device)
-            if machine.ifupdown:
-                machine.hotplug("ifdown", "--verbose", "--allow=hotplug", device)
+        if instance_id in self.machines:
+            self.machines[instance_id].unplug(self.vpc, eni)
 
     def terminate(self, machine: Machine) -> None:
         """The group ends the instance: it runs on until AWS has shut it down."""
@@ -173,7 +188,9 @@ class Lab:
         try:
             self.aws.stop()
         finally:
-            for host in [*self.machines.values(), *self.hosts]:
+            for machine in self.machines.values():
+                machine.stop()
+            for host in self.hosts:
                 host.stop()
             self.vpc.close()
 

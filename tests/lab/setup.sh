@@ -7,7 +7,7 @@ venv=$top/.venv
 
 # program:package
 needed="ip:iproute2 nft:nftables unshare:util-linux ifup:ifupdown dhclient:isc-dhcp-client
-dnsmasq:dnsmasq-base systemd-analyze:systemd
+dnsmasq:dnsmasq-base systemd-analyze:systemd ping:iputils-ping
 /usr/share/doc/python3-boto3:python3-boto3 /usr/share/doc/python3-requests:python3-requests
 /usr/share/doc/python3-venv:python3-venv"
 

@@ -205,9 +205,10 @@ class Vpc:
         # A fixed MAC address: a bridge's own changes with its ports, and ARP caches go stale.
         lines = [
             f"link add {bridge} address 0e:00:00:00:00:{len(self.bridges):02x} type bridge",
-            f"link set {bridge} up",
+            # One link-local address, or advertisements would come from either.
+            f"link set {bridge} addrgenmode none up",
             f"addr add {network[1]}/{network.prefixlen} dev {bridge}",
-            f"addr add {V6_ROUTER}/64 dev {bridge} nodad",
+            f"addr add {V6_ROUTER}/10 dev {bridge} nodad",  # reaches all of fe80::/10
         ]
         if cidr6:
             self.prefixes6[bridge] = network6 = ipaddress.IPv6Network(cidr6)
@@ -224,8 +225,9 @@ class Vpc:
                 return bridge, network6.prefixlen
         raise ValueError(f"{address} is in no subnet of {self.bridges}")
 
-    def plug(self, host: Host, device: str, mac: str, addresses: Iterable[str]) -> None:
-        """A network interface with these addresses appears on the host as a device, still down."""
+    def open_port(self, mac: str, addresses: Iterable[str], link: str) -> str:
+        """The subnet's end of a network interface with these addresses, made by the `ip` command
+        line link, in which PORT stands for its name."""
         owned = list(addresses)
         with self.lock:
             self.count += 1
@@ -235,12 +237,18 @@ class Vpc:
             run("nft", f"add element bridge vpc port{family} {{ {port} . {mac} . {address} }}")
         self.lease(mac, owned)
         bridge, _ = self.bridge_of(owned[0])
-        inner = f"name {device} address {mac} netns {host.init.pid}"
-        lines = [
-            f"link add {port} type veth peer {inner}",
-            f"link set {port} master {bridge} up",
-        ]
+        lines = [link.replace("PORT", port), f"link set {port} master {bridge} up"]
         run("ip", "-batch", "-", stdin="\n".join(lines))
+        return port
+
+    def plug(self, host: Host, device: str, mac: str, addresses: Iterable[str]) -> None:
+        """A network interface with these addresses appears on the host as a device, still down."""
+        inner = f"name {device} address {mac} netns {host.init.pid}"
+        self.open_port(mac, addresses, f"link add PORT type veth peer {inner}")
+
+    def open_tap(self, mac: str, addresses: Iterable[str]) -> str:
+        """The tap for a virtual machine's NIC with these addresses."""
+        return self.open_port(mac, addresses, "tuntap add PORT mode tap")
 
     def unplug(self, mac: str) -> None:
         """The network interface goes, and its device with it. No matter if its host went first."""
