@@ -305,6 +305,20 @@ def test_devices_with_other_names_work(make_world: Callable[..., World]) -> None
     assert world.machine.ip("route", "show", "table", "enp0s6").startswith("default via 10.0.1.1")
 
 
+def test_eth0_keeps_the_default_route_even_where_eth1_came_up_first(
+    make_world: Callable[..., World],
+) -> None:
+    """As after a reboot: the ENI is there from the start."""
+    world = make_world()
+    eni = world.attach(SAME)
+    for command in ("ifdown eth0", "ifdown eth1", "ifup eth1", "ifup eth0"):
+        log = world.machine.run("sh", "-c", f"{command} >/run/log 2>&1 || cat /run/log")
+        assert log.stdout == ""
+    assert world.machine.ask(CLIENT) == ETH0
+    world.lab.vpc.unplug(world.lab.aws.eni(eni).mac_address)
+    assert world.machine.ask(CLIENT) == ETH0
+
+
 def test_default_sends_what_is_unbound_by_the_eni_until_it_is_pulled(
     make_world: Callable[..., World],
 ) -> None:
