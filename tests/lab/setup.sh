@@ -10,10 +10,12 @@ needed="ip:iproute2 nft:nftables unshare:util-linux ifup:ifupdown dhclient:isc-d
 dnsmasq:dnsmasq-base systemd-analyze:systemd ping:iputils-ping
 /usr/share/doc/python3-boto3:python3-boto3 /usr/share/doc/python3-requests:python3-requests
 /usr/share/doc/python3-venv:python3-venv"
+needed_for_vms="qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mke2fs:e2fsprogs"
 
+# Install what a list of program:package pairs asks for.
 install_packages() {
     missing=
-    for pair in $needed; do
+    for pair in "$@"; do
         probe=${pair%:*}
         PATH=$PATH:/usr/sbin:/sbin command -v "$probe" >/dev/null || [ -d "$probe" ] ||
             missing="$missing ${pair#*:}"
@@ -52,4 +54,5 @@ enter_lab() {
         env ENI_LAB=inside TMPDIR=/mnt/tmp PATH="$PATH:/usr/sbin:/sbin" "$@"
 }
 
-install_packages && install_python_packages
+# shellcheck disable=SC2086  # a list of words
+install_packages $needed && install_python_packages

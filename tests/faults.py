@@ -1,0 +1,212 @@
+"""Requests of one machine that go wrong, and the table of what was tried and what held.
+
+Each place is a machine in a group of its own, with a pool of ENIs and faults of its own, so that
+many can be tried at the same time in one lab.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from lab import Lab, Machine, await_that
+from lab.aws import Aws
+from lab.wire import Answer, Fault, Handler
+
+T = TypeVar("T")
+REFUSE = """
+table inet lab {
+    chain output {
+        type filter hook output priority filter;
+        tcp dport { 80, 443 } reject with tcp reset
+    }
+}
+"""
+tried: dict[tuple[str, str], list[bool]] = {}  # (what, with): whether each held
+
+
+class Of(str):
+    """What a fault concerns, when it is asked from one address."""
+
+    source: str
+
+    def __new__(cls, what: str, source: str) -> Of:
+        self = super().__new__(cls, what)
+        self.source = source
+        return self
+
+
+@dataclass
+class Says(Fault):
+    """Any body with any status, which the request does not mean to give."""
+
+    body: bytes = b""
+    content_type: str = "text/html"
+
+    def deliver(
+        self,
+        connection: Handler,
+        act: Callable[[], Answer],
+        spoilt: Answer,
+        stopped: threading.Event,
+    ) -> None:
+        if self.do:
+            self.do()
+        connection.send(Answer(self.status, self.body, self.content_type))
+
+
+def tell_machines_apart(aws: Aws) -> None:
+    """From now on a fault that concerns an Of spoils only what that address asks."""
+    answer = aws._answer
+
+    def selective(
+        connection: Handler, concerns: Callable[[str], bool], make: Callable[[], Answer]
+    ) -> None:
+        source = connection.client_address[0].removeprefix("::ffff:")
+        answer(connection, lambda w: getattr(w, "source", source) == source and concerns(w), make)
+
+    vars(aws)["_answer"] = selective
+
+
+class Place:
+    """A machine in the group of that name, and free ENIs of the name."""
+
+    def __init__(self, lab: Lab, subnet: str, name: str, free: int = 2, **more: Any) -> None:
+        self.lab, self.name = lab, name
+        self.enis = [
+            lab.aws.create_eni(subnet, name=name, tags={"FQDN": f"{name}.example.com"})
+            for _ in range(free)
+        ]
+        self.machine: Machine = lab.launch(subnet, group=name, **more)
+        self.faults: list[Fault] = []
+        self.struck: list[Fault] = []  # a fault as often as it struck
+
+    def fail(self, what: str, **options: Any) -> Fault:
+        """As Aws.fail, for this machine alone. `body` is given with the status as it is; `refused`
+        refuses connections from that request on. All that were spoilt are counted in `struck`."""
+        extra = {key: options.pop(key) for key in ("body", "content_type") if key in options}
+        act = options.pop("do", None)
+        if options.pop("refused", False):
+            options["how"] = "drop"
+            act = partial(self.refuse, soon_over=options.get("times", 1) == 1)
+
+        def do() -> None:
+            self.struck.append(fault)
+            if act:
+                act()
+
+        concerned = Of(what, self.machine.instance.ip)
+        fault = self.lab.aws.fail(concerned, do=do, **options)
+        if extra:
+            self.lab.aws._faults.remove(fault)
+            fault = Says(**(vars(fault) | extra))
+            self.lab.aws._faults.append(fault)
+        self.faults.append(fault)
+        return fault
+
+    def refuse(self, soon_over: bool) -> None:
+        """Connections to IMDS and AWS are refused from now on, or for a moment."""
+        self.machine.write("/run/refuse", REFUSE)
+        self.machine.run("nft", "-f", "/run/refuse")
+        if soon_over:
+            threading.Timer(0.5, self.accept).start()
+
+    def accept(self) -> None:
+        self.machine.run("nft", "delete", "table", "inet", "lab")
+
+    def attach(self, eni: str) -> None:
+        """As if a run had attached it long ago."""
+        self.machine.appeared.clear()
+        self.lab.aws.attach(self.lab.aws.port(eni), self.machine.instance, 1)
+        assert self.machine.appeared.wait(20)
+        port = self.lab.aws.port(eni)
+        await_that(lambda: port.status == "attached")
+        self.forget()
+
+    def held(self) -> list[str]:
+        """The ENIs of the pool that this machine holds."""
+        ports = [self.lab.aws.port(eni) for eni in self.enis]
+        here = self.machine.instance.id
+        return [p.model.id for p in ports if p.model.instance and p.model.instance.id == here]
+
+    def release(self) -> None:
+        """Free all, without any fault: the state before the first run."""
+        for fault in self.faults:
+            fault.times = 0
+        self.faults.clear()
+        self.struck.clear()
+        self.accept()
+        for eni in self.held():
+            port = self.lab.aws.port(eni)
+            await_that(lambda port=port: port.status != "attaching")  # type: ignore[misc]
+            if port.status == "attached":
+                self.lab.aws.detach(port)
+        await_that(lambda: not self.held() and self.machine.devices() == ["eth0"])
+        self.forget()
+
+    def forget(self) -> None:
+        """EC2 shows the ENIs as they are, without lag."""
+        for eni in self.enis:
+            port = self.lab.aws.port(eni)
+            port.history.clear()
+            port.note()
+
+
+def try_all(
+    places: list[Place], cases: Iterable[T], attempt: Callable[[Place, T], str]
+) -> list[str]:
+    """Try each case at one of the places, several at a time; what did not hold, in words."""
+    free = list(places)
+    lock = threading.Lock()
+
+    def one(case: T) -> str:
+        with lock:
+            place = free.pop()
+        try:
+            return attempt(place, case)
+        finally:
+            with lock:
+                free.append(place)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        return [wrong for wrong in pool.map(one, cases) if wrong]
+
+
+def note(what: str, how: str, held: bool) -> None:
+    tried.setdefault((what, how), []).append(held)
+
+
+def summary() -> list[str]:
+    """The table for the end of a session."""
+    rows = [("what went wrong", "in", "tried", "held")]
+    rows += [(what, how, str(len(n)), str(sum(n))) for (what, how), n in sorted(tried.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if tried]
+
+
+def wrong_end(done: subprocess.CompletedProcess[str], code: int, took: float, limit: float) -> str:
+    """What is not as it has to be where a run cannot succeed; empty where all is."""
+    lines = done.stderr.splitlines()
+    waiting = [line for line in lines[:-1] if not re.match(r"waiting, |lost the race ", line)]
+    complaints = {
+        f"exit code {done.returncode}, expected {code}": done.returncode != code,
+        "no line on stderr": not lines,
+        "more than one line": bool(waiting),
+        "a traceback": "Traceback" in done.stderr,
+        "an error that nobody expected": "unexpected" in done.stderr,
+        f"it took {took:.1f} s": took > limit,
+    }
+    return ", ".join(words for words, so in complaints.items() if so)
+
+
+def timed(action: Callable[[], T]) -> tuple[T, float]:
+    started = time.monotonic()
+    result = action()
+    return result, time.monotonic() - started

@@ -1,0 +1,394 @@
+"""Debian virtual machines for the boot tests, in three steps, each with what it alone needs:
+
+1. debian(release): a root tree of Debian's packages, by mmdebstrap. Needs root and the network; a
+   minute, then cached until the recipe below changes. `vm.py RELEASE...` does it from a shell,
+   before the lab leaves this machine's network.
+2. install(tree, ...): a disk for one session: the tree, and in it the given files and commands
+   (README's install section, the lab's CA, /etc/hosts). Needs root; some seconds.
+3. VirtualMachine(name, disk, ...): qemu, its NICs on the VPC's taps. What it writes to its disk
+   lasts as long as itself, over a reboot too, so any number of machines start from one disk.
+
+On this machine: qemu-system-x86, mmdebstrap, e2fsprogs, util-linux.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eni_ctl-lab"
+RELEASES = ("bullseye", "bookworm", "trixie")
+
+PACKAGES = (
+    "linux-image-cloud-amd64,systemd-sysv,udev,ifupdown,isc-dhcp-client,iproute2,nftables,"
+    "ca-certificates,python3-boto3,python3-requests,"
+    "qemu-guest-agent"  # by which the tests run commands
+)
+RECIPE = (
+    "--variant=minbase",
+    f"--include={PACKAGES}",
+    "--dpkgopt=path-exclude=/usr/share/doc/*",
+    "--dpkgopt=path-exclude=/usr/share/man/*",
+    "--dpkgopt=path-exclude=/usr/share/locale/*",
+    # mmdebstrap leaves the building machine's name and name servers behind.
+    '--customize-hook=rm -f "$1/etc/resolv.conf" && echo debian >"$1/etc/hostname"',
+    # They would look for a mirror while the tests measure.
+    '--customize-hook=chroot "$1" systemctl mask apt-daily.timer apt-daily-upgrade.timer',
+    "--format=directory",
+)
+DISK_SIZE = "2G"  # sparse
+
+# For so many NICs at once: q35 hot-plugs only into an empty pcie-root-port (qemu's docs/pcie.txt).
+PORTS = 4
+MEMORY = "512M"
+# Debian 12's qemu 7.2: 2 of 8 starts of Linux 6.12 ended in a double fault at a cmpxchg16b, with it
+# switched off none of 9 did. And a start after a reboot took up to 60 s of CPU where the first took
+# 18, with the default buffer for translated code; with a small one it took 28.
+ACCELERATOR = {
+    "kvm": ["-accel", "kvm", "-cpu", "host"],
+    "tcg": ["-accel", "tcg,tb-size=128", "-cpu", "qemu64,-cx16"],
+}
+
+
+@dataclass(frozen=True)
+class Disk:
+    kernel: Path
+    root: Path
+
+
+def mirror() -> str:
+    """The archive that this machine's apt uses; it has the other releases beside this one."""
+    query = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
+    query += ["Identifier: Packages", "Label: Debian", "Component: main"]
+    found = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
+    if not found:
+        raise RuntimeError("apt has no index of Debian's main archive: run apt-get update")
+    return found[0]
+
+
+def debian(release: str, cache_dir: Path = CACHE) -> Path:
+    """The root tree of a release, cached. Only a whole one ever has the final name."""
+    key = hashlib.sha256("\n".join(RECIPE).encode()).hexdigest()[:12]
+    tree = cache_dir / f"{release}-{key}"
+    if tree.is_dir():
+        return tree
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    for stale in cache_dir.glob(f"{release}-*"):
+        remove_tree(stale)
+    partial = Path(tempfile.mkdtemp(prefix=f"{release}-partial-", dir=cache_dir))
+    partial.chmod(0o755)
+    try:
+        # A mount namespace: what mmdebstrap mounts in the tree cannot outlive it.
+        command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--quiet", *RECIPE]
+        subprocess.run([*command, release, str(partial), mirror()], check=True)
+        partial.rename(tree)
+    except BaseException:
+        remove_tree(partial)
+        raise
+    return tree
+
+
+def remove_tree(path: Path) -> None:
+    subprocess.run(["rm", "-rf", "--one-file-system", str(path)], check=True)
+
+
+# An overlay: the cached tree stays as it is. Run in a mount namespace: nothing stays mounted.
+# systemctl needs /proc to see that it is in a chroot.
+INSTALL = """
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+mount -t tmpfs tmpfs "$work"
+mkdir "$work/upper" "$work/work" "$work/root"
+mount -t overlay -o "lowerdir=$tree,upperdir=$work/upper,workdir=$work/work" overlay "$work/root"
+cp -a "$files/." "$work/root/"
+mount -t proc proc "$work/root/proc"
+chroot "$work/root" env -i HOME=/root PATH="$PATH" DEBIAN_FRONTEND=noninteractive \\
+    sh -euxc "$commands"
+umount "$work/root/proc"
+mke2fs -q -t ext4 -d "$work/root" "$disk" "$size"
+"""
+
+
+def install(
+    tree: Path, directory: Path, files: Mapping[str, str | Path], commands: str = ":"
+) -> Disk:
+    """A disk in directory, made of a root tree, files, and shell commands run in it as root.
+
+    Files are by their path in the guest: a text, or a file or directory to copy with its modes.
+    What the commands say is in directory/install.log.
+    """
+    disk = Disk(kernel=next(tree.glob("boot/vmlinuz-*")), root=directory / "root.ext4")
+    log = directory / "install.log"
+    with tempfile.TemporaryDirectory() as scratch:
+        work, staged = Path(scratch, "work"), Path(scratch, "files")
+        for path in (work, staged):
+            path.mkdir(mode=0o755)
+        for name, content in files.items():
+            target = staged / name.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                target.write_text(content)
+            elif content.is_dir():
+                shutil.copytree(content, target, symlinks=True)
+            else:
+                shutil.copy(content, target)
+        given = {"tree": tree, "work": work, "files": staged, "disk": disk.root, "size": DISK_SIZE}
+        environment = {name: str(value) for name, value in given.items()} | {"commands": commands}
+        with log.open("w") as output:
+            made = subprocess.run(
+                ["unshare", "--mount", "sh", "-euc", INSTALL],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+    if made.returncode:
+        raise RuntimeError(f"installing in {tree.name} failed:\n{log.read_text()[-2000:]}")
+    return disk
+
+
+class Channel:
+    """JSON objects, one a line: what qemu's monitor and its guest agent both speak.
+
+    Any thread may use it: the simulated AWS plugs from one of its own.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self.lock = threading.Lock()
+        self.buffer = b""
+        self.events: list[dict[str, Any]] = []
+        self.ids = itertools.count(1)
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """The next object, with the lock held; an event is noted as well."""
+        while b"\n" not in self.buffer:
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = self.socket.recv(65536)
+            if not data:
+                raise ConnectionError("qemu has ended")
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            self.events.append(message)
+        return message
+
+    def call(self, command: str, /, *, timeout: float = 10, **arguments: object) -> Any:
+        deadline = time.monotonic() + timeout
+        with self.lock:
+            request = {"execute": command, "arguments": arguments, "id": next(self.ids)}
+            self.socket.sendall(json.dumps(request).encode() + b"\n")
+            # Other answers are to calls that have timed out.
+            while (answer := self.receive(deadline)).get("id") != request["id"]:
+                pass
+        if "error" in answer:
+            raise RuntimeError(f"{command} {arguments}: {answer['error']['desc']}")
+        return answer["return"]
+
+    def forget(self, name: str) -> None:
+        """Drop the events of that name that have come so far."""
+        self.call("query-status")  # reads all that came before its answer
+        self.events = [event for event in self.events if event["event"] != name]
+
+    def wait_event(self, name: str, timeout: float, **data: object) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            with self.lock:
+                for event in self.events:
+                    if event["event"] == name and data.items() <= event.get("data", {}).items():
+                        self.events.remove(event)
+                        return
+                # In short turns: another thread may have a call to make meanwhile.
+                with contextlib.suppress(TimeoutError):
+                    self.receive(min(deadline, time.monotonic() + 0.1))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {name} {data} from qemu within {timeout} s")
+
+
+@cache
+def accelerator(kernel: Path) -> str:
+    """kvm if a kernel really starts under it; it can be there and fail at once."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    command = "timeout 10 qemu-system-x86_64 -machine q35,accel=kvm -cpu host -nodefaults"
+    command += f" -display none -serial stdio -kernel {kernel} -append earlyprintk=ttyS0"
+    with subprocess.Popen(
+        command.split(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as qemu:
+        assert qemu.stdout
+        works = False
+        for line in qemu.stdout:
+            works = b"Linux version" in line
+            if works or b"KVM internal error" in line:
+                break
+        qemu.terminate()
+    return "kvm" if works else "tcg"
+
+
+class VirtualMachine:
+    """A running machine; as a context manager it is switched off at the end.
+
+    nics are (MAC address, tap) pairs, there from the start; the taps are the VPC's. There is no
+    initrd: the cloud kernels have NVMe and ext4 built in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        disk: Disk,
+        directory: Path,
+        nics: Sequence[tuple[str, str]] = (),
+        options: str = "net.ifnames=0",
+    ) -> None:
+        self.name = name
+        self.mac_in: dict[str, str | None] = {f"port{n}": None for n in range(PORTS)}
+        self.console, self.log = directory / f"{name}.console", directory / f"{name}.qemu"
+        self.read = 0  # how much of the console wait_console has consumed
+        monitor, qemu_monitor = socket.socketpair()
+        agent, qemu_agent = socket.socketpair()
+        self.monitor, self.agent = Channel(monitor), Channel(agent)
+        words = f"""
+            -name {name} -machine q35 -m {MEMORY} -S
+            -nodefaults -display none -serial file:{self.console}
+            -kernel {disk.kernel}
+            -drive file={disk.root},if=none,id=root,format=raw,snapshot=on
+            -device nvme,serial=root,drive=root
+            -chardev socket,id=monitor,fd={qemu_monitor.fileno()} -mon monitor,mode=control
+            -chardev socket,id=agent,fd={qemu_agent.fileno()} -device virtio-serial-pci
+            -device virtserialport,chardev=agent,name=org.qemu.guest_agent.0
+        """.split()
+        words += ACCELERATOR[accelerator(disk.kernel)]
+        for number, port in enumerate(self.mac_in, 1):
+            words += ["-device", f"pcie-root-port,id={port},chassis={number},slot={number}"]
+        kernel = f"root=/dev/nvme0n1 rw console=ttyS0 quiet systemd.show_status=true {options}"
+        with qemu_monitor, qemu_agent, self.log.open("wb") as log:
+            self.qemu = subprocess.Popen(
+                ["qemu-system-x86_64", *words, "-append", kernel],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(qemu_monitor.fileno(), qemu_agent.fileno()),
+            )
+        try:
+            self.monitor.call("qmp_capabilities")
+            for mac, tap in nics:
+                self.plug(mac, tap)
+            self.monitor.call("cont")
+        except BaseException as error:
+            self.power_off()
+            raise RuntimeError(f"{name} did not start: {self.log.read_text()}") from error
+
+    def plug(self, mac: str, tap: str) -> None:
+        """A NIC appears; its other end is a tap in this network namespace."""
+        port = next(port for port, other in self.mac_in.items() if other is None)
+        self.monitor.call(
+            "netdev_add", type="tap", id=f"net-{port}", ifname=tap, script="no", downscript="no"
+        )
+        # romfile: no boot over the network, so no need for the package that has the code for it.
+        self.monitor.call(
+            "device_add",
+            driver="virtio-net-pci",
+            id=f"nic-{port}",
+            netdev=f"net-{port}",
+            mac=mac,
+            bus=port,
+            romfile="",
+        )
+        self.mac_in[port] = mac
+
+    def unplug(self, mac: str, timeout: float = 30) -> None:
+        """The NIC goes, as soon as the guest has let go of it; the tap can be deleted then."""
+        port = next(port for port, other in self.mac_in.items() if other == mac)
+        self.monitor.call("device_del", id=f"nic-{port}")
+        self.monitor.wait_event("DEVICE_DELETED", timeout, device=f"nic-{port}")
+        self.monitor.call("netdev_del", id=f"net-{port}")
+        self.mac_in[port] = None
+
+    def wait_console(self, pattern: str, timeout: float) -> str:
+        """Wait for a pattern on the serial console, after what an earlier wait has found."""
+        deadline = time.monotonic() + timeout
+        while True:
+            text = self.console.read_bytes()[self.read :]
+            if found := re.search(pattern.encode(), text):
+                self.read += found.end()
+                return found[0].decode()
+            if self.qemu.poll() is not None or time.monotonic() > deadline:
+                shown = text[-2000:].decode(errors="replace")
+                raise TimeoutError(f"no {pattern!r} on {self.name}'s console:\n{shown}")
+            time.sleep(0.1)  # a file: qemu's own writes cannot be waited for
+
+    def run(
+        self, command: str, timeout: float = 60, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a shell command as root, once the guest has got as far as its agent."""
+        deadline = time.monotonic() + timeout
+        while True:
+            # A ping that meets the agent of a system that is going down is lost: ask again.
+            with contextlib.suppress(TimeoutError):
+                self.agent.call("guest-ping", timeout=2)
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} has no guest agent after {timeout} s")
+        options: dict[str, Any] = {"input-data": base64.b64encode(stdin.encode()).decode()}
+        options |= {"path": "/bin/sh", "arg": ["-c", command], "capture-output": True}
+        pid = self.agent.call("guest-exec", **options)["pid"]
+        while not (status := self.agent.call("guest-exec-status", pid=pid))["exited"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} still runs after {timeout} s: {command}")
+            time.sleep(0.1)  # the agent tells only when asked
+        out, err = (
+            base64.b64decode(status.get(name, "")).decode(errors="replace")
+            for name in ("out-data", "err-data")
+        )
+        code = status["exitcode"] if "exitcode" in status else -status["signal"]
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    def reboot(self, timeout: float = 120) -> None:
+        """As an administrator does it; returns when the new start begins."""
+        self.monitor.forget("RESET")  # of an earlier reboot: qemu tells it twice
+        with contextlib.suppress(TimeoutError):  # the agent may be gone before it has told
+            self.run("systemctl --no-block reboot")
+        self.monitor.wait_event("RESET", timeout, guest=True)
+
+    def power_off(self) -> None:
+        """As a host dies: nothing in it gets to do anything."""
+        self.qemu.kill()
+        self.qemu.wait()
+        self.monitor.socket.close()
+        self.agent.socket.close()
+
+    def __enter__(self) -> VirtualMachine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.power_off()
+
+
+def main(releases: Sequence[str]) -> int:
+    for release in releases or RELEASES:
+        print(debian(release))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""Hosts that lack what the scripts need, and runs that are told to stop."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from faults import note, timed, wrong_end
+from lab import Lab, Machine, await_that
+
+# What `ip` may be: what it does, and the words that the last line must have.
+BAD_IP = {
+    "missing": ("", "No such file or directory"),
+    "failing": ("echo 'Cannot open netlink socket' >&2; exit 1", "Cannot open netlink socket"),
+    "too old": ('echo \'Option "-json" is unknown, try "ip -help".\' >&2; exit 255', "is unknown"),
+    "rubbish": ("echo '<html>'", "Expecting value"),
+    "silent": ("exit 0", "eth1 is not up with"),
+    "cut off": ("""echo '[{"ifname": "eth1", '""", "Expecting property name"),
+    "numbers": ("echo '[5]'", "ip -json addr show dev eth1"),
+    "no prefix": (
+        """echo '[{"flags": ["UP"], "addr_info": [{"local": "10.0.1.22"}]}]'""",
+        "ip -json addr show dev eth1",
+    ),
+    "hanging": ("exec sleep 60", "is attached, waiting for its device and address"),
+}
+
+
+def tell(machine: Machine, script: str, *arguments: str, limit: float = 20) -> str:
+    """The last line of a run that fails with exit code 1; asserts that it ends as it has to."""
+    done, took = timed(lambda: machine.run("sh", "-c", script, "sh", *arguments))
+    assert not wrong_end(done, 1, took, limit), done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_bad_ip_is_one_line_at_the_deadline(lab: Lab, machine: Machine, eni: str) -> None:
+    assert machine.eni_ctl("-a").returncode == 0
+    wrong = []
+    for kind, (action, words) in BAD_IP.items():
+        machine.write("/run/bin/ip", f"#!/bin/sh\n{action}\n", 0o755)
+        if not action:
+            machine.run("rm", "/run/bin/ip")
+        path = "PATH=/run/bin" + (":/usr/bin:/bin" if action else "")
+        run = f"exec env {path} /usr/local/sbin/eni_ctl.py -a -t 2"
+        done, took = timed(lambda run=run: machine.run("sh", "-c", run))  # type: ignore[misc]
+        complaint = wrong_end(done, 1, took, 20)
+        if complaint or words not in done.stderr.splitlines()[-1]:
+            wrong.append(f"{kind}: {complaint} {done.stderr}")
+        note(f"ip: {kind}", "eni_ctl.py -a", not complaint)
+    assert wrong == []
+    assert machine.state()["DEVICE"] == "eth1"
+    assert machine.eni_ctl("-a").returncode == 0
+
+
+def test_so_it_is_for_add_routes_which_changes_nothing(machine: Machine) -> None:
+    assert machine.eni_ctl("-a").returncode == 0
+    machine.await_network()
+    before = machine.ip("rule") + machine.ip("route", "show", "table", "all")
+    wrong = []
+    for kind, (action, _) in BAD_IP.items():
+        machine.write("/run/bin/ip", f"#!/bin/sh\n{action}\n", 0o755)
+        if not action:
+            machine.run("rm", "/run/bin/ip")
+        path = "PATH=/run/bin" + (":/usr/bin:/bin" if action else "")
+        run = f"exec env {path} /usr/local/sbin/add_routes.py -d eth1"
+        done, took = timed(lambda run=run: machine.run("sh", "-c", run))  # type: ignore[misc]
+        complaint = wrong_end(done, 1, took, 30)
+        complaint += " says nothing" if "add_routes.py: " not in done.stderr else ""
+        wrong += [f"{kind}: {complaint} {done.stderr}"] if complaint else []
+        note(f"ip: {kind}", "add_routes.py", not complaint)
+    assert wrong == []
+    assert machine.ip("rule") + machine.ip("route", "show", "table", "all") == before
+
+
+def test_without_sys_it_says_so(machine: Machine) -> None:
+    machine.run("mount", "-t", "tmpfs", "lab", "/sys")
+    for verb in ("-a", "-d"):
+        last = tell(machine, f"exec eni_ctl.py {verb} -t 3")
+        note("no /sys", f"eni_ctl.py {verb}", True)
+        assert "/sys/class/net" in last
+        assert not machine.exists("/etc/default/eni")
+
+
+def test_a_state_file_that_cannot_be_replaced_stays_whole(machine: Machine) -> None:
+    """A file system that knows chattr +i is not to be had everywhere; a mount point is as firm."""
+    machine.write("/run/eni", "old\n")
+    machine.run("touch", "/etc/default/eni")
+    assert machine.run("mount", "--bind", "/run/eni", "/etc/default/eni").returncode == 0
+    last = tell(machine, "exec eni_ctl.py -a")
+    assert last == "cannot write the state file /etc/default/eni: Device or resource busy"
+    assert machine.read("/etc/default/eni") == "old\n"
+    assert not machine.exists("/etc/default/eni.new")
+    machine.run("umount", "/etc/default/eni")
+    assert machine.eni_ctl("-a").returncode == 0
+    note("state file not to be replaced", "eni_ctl.py -a", True)
+
+
+def test_a_lock_that_is_held_is_waited_for_until_the_deadline(machine: Machine) -> None:
+    hold = ["flock", "--no-fork", "/run/eni_ctl.lock", "sh", "-c", "echo held; exec sleep 60"]
+    holder = machine.popen(*hold)
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    for verb in ("-a", "-d"):
+        last = tell(machine, f"exec eni_ctl.py {verb} -t 1")
+        assert last == "another run of eni_ctl.py holds /run/eni_ctl.lock; gave up after 1 s"
+        note("lock held", f"eni_ctl.py {verb}", True)
+    assert machine.eni_ctl("-s").returncode == 3  # it only looks
+    waiting = machine.start_eni_ctl("-a")
+    assert waiting.stderr
+    assert "another run" in waiting.stderr.readline()
+    holder.kill()
+    holder.communicate()
+    _, err = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0, err
+
+
+def stopped(process: subprocess.Popen[str]) -> None:
+    """End a run as systemd would; it leaves at once, and quietly."""
+    process.terminate()
+    (_, err), took = timed(lambda: process.communicate(timeout=30))
+    assert process.returncode == -signal.SIGTERM
+    assert took < 5
+    assert "Traceback" not in err
+
+
+def test_a_run_that_is_told_to_stop_leaves_at_once_and_the_next_one_goes_on(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    where: dict[str, Callable[[], object]] = {
+        "IMDS": lambda: lab.aws.fail("latest/meta-data/instance-id", how="hang", do=reached),
+        "describe": lambda: lab.aws.fail("DescribeNetworkInterfaces", how="hang", do=reached),
+        "attach": lambda: lab.aws.fail("AttachNetworkInterface", how="hang", do=reached),
+        "attach, after": lambda: lab.aws.fail(
+            "AttachNetworkInterface", how="hang", when="after", do=reached
+        ),
+    }
+    there: list[bool] = []
+
+    def reached() -> None:
+        there.append(True)
+
+    machine.write("/etc/default/eni", "old\n")
+    for place, spoil in where.items():
+        there.clear()
+        spoil()
+        process = machine.start_eni_ctl("-a")
+        await_that(lambda: bool(there))
+        stopped(process)
+        assert machine.read("/etc/default/eni") == "old\n"
+        note(f"SIGTERM: {place}", "eni_ctl.py -a", True)
+    done = machine.eni_ctl("-a")
+    assert done.stdout == f"attached {eni} (10.0.1.22) as eth1\n", done.stderr
+    lab.aws.stuck.add(eni)
+    process = machine.start_eni_ctl("-d")
+    assert process.stderr
+    assert "is being detached" in process.stderr.readline()
+    stopped(process)
+    lab.aws.detach(lab.aws.port(eni), force=True)
+    assert machine.eni_ctl("-d").returncode == 0
+    note("SIGTERM: detaching", "eni_ctl.py -d", True)
+
+
+@pytest.mark.parametrize("arguments", [["-d", "eth0"], ["-d", "eth0", "-r"]])
+def test_add_routes_that_is_told_to_stop_leaves_at_once_and_the_next_one_goes_on(
+    machine: Machine, arguments: list[str]
+) -> None:
+    machine.write("/run/bin/ip", "#!/bin/sh\ntouch /run/asked\nexec sleep 60\n", 0o755)
+    path = "/run/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
+    process = machine.popen("env", f"PATH={path}", "add_routes.py", *arguments)
+    await_that(lambda: machine.exists("/run/asked"))
+    stopped(process)
+    done = machine.run("add_routes.py", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(re.search("from 10.0.1.10 ", machine.ip("rule"))) == ("-r" not in arguments)
+    note("SIGTERM: ip hangs", "add_routes.py", True)

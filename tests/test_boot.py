@@ -1,0 +1,223 @@
+"""The whole chain on real hosts: Debian in virtual machines, from power-on to packets, and over.
+
+systemd starts eni.service; the simulated EC2 hot-plugs the NIC; udev, ifupdown and DHCP bring it
+up; add_routes.py gives it its routes; a client elsewhere in the VPC is the judge.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lab import TOP, Lab, await_that, snippet
+from lab.boot import Booted, boot, make_disk
+from lab.vm import RELEASES, Disk
+from lab.vpc import Host, run
+
+pytestmark = pytest.mark.timeout(900)
+INTERFACES = snippet("# /etc/network/interfaces")
+NAT_INTERFACES = snippet("# /etc/network/interfaces, for a NAT instance")
+DETACH = snippet("# /etc/systemd/system/eni.service.d/detach.conf")
+NFTABLES = snippet("# /etc/nftables.conf")
+ENI, CLIENT, NEIGHBOUR = "10.0.1.22", "10.0.2.50", "10.0.1.60"
+UNIT = TOP / "systemd/eni.service"
+
+
+class Site:
+    """The lab with a client in another subnet and a neighbour in the instances' own."""
+
+    def __init__(self, lab: Lab, directory: Path) -> None:
+        self.lab, self.directory = lab, directory
+        self.subnet = lab.add_subnet("10.0.1.0/24")
+        lab.add_subnet("10.0.2.0/24")
+        tags = {"FQDN": "web.example.com"}
+        self.eni = lab.aws.create_eni(self.subnet, name="web", ip=ENI, tags=tags)
+        self.client = lab.add_host("client", CLIENT)
+        self.neighbour = lab.add_host("neighbour", NEIGHBOUR)
+
+    def boot(self, disk: Disk, **options: str) -> Booted:
+        return boot(self.lab, self.subnet, disk, self.directory, group="web", **options)
+
+    def holder(self) -> str | None:
+        model = self.lab.aws.eni(self.eni)
+        return str(model.instance.id) if model.attachment_id else None
+
+    def attaches(self) -> int:
+        calls = [call.action for call in self.lab.aws.calls if call.status == 200]
+        return calls.count("AttachNetworkInterface")
+
+    def check(self, machine: Booted) -> None:
+        """Both addresses are reached from both places, and the state file tells of it.
+
+        The unit is active once the address is up; ifupdown calls add_routes.py just after.
+        """
+        await_that(lambda: self.pings(self.client, ENI, 1), 60)
+        for host, own in ((self.client, CLIENT), (self.neighbour, NEIGHBOUR)):
+            for address in (machine.instance.ip, ENI):
+                assert self.pings(host, address), f"{host.name} does not reach {address}"
+                assert machine.ask(own, address) == address
+        keys = [line.split("=")[0] for line in machine.sh("cat /etc/default/eni").splitlines()]
+        assert " ".join(keys) == "FQDN IP GW DEVICE ASG_NAME INSTANCE_ID ENI_ID ATTACHMENT_ID"
+        assert machine.sh(". /etc/default/eni; echo $IP $INSTANCE_ID").split() == [
+            ENI,
+            machine.instance.id,
+        ]
+
+    def pings(self, host: Host, address: str, patience: int = 5) -> bool:
+        return host.run("ping", "-c1", f"-W{patience}", address).returncode == 0
+
+
+@pytest.fixture
+def site(lab: Lab, tmp_path: Path) -> Site:
+    return Site(lab, tmp_path)
+
+
+@pytest.fixture
+def told(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str, float], None]]:
+    """Notes times, and prints them at the end: the README quotes them."""
+    times: list[str] = []
+
+    def note(what: str, seconds: float) -> None:
+        times.append(f"{what}: {seconds:.1f} s")
+        record_property(what, seconds)
+
+    yield note
+    print("\n  " + "\n  ".join(times))
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_life_of_a_host_and_of_its_successors(
+    site: Site, tmp_path: Path, release: str, told: Callable[[str, float], None]
+) -> None:
+    lab = site.lab
+    disk = make_disk(lab, release, tmp_path, INTERFACES)
+
+    # The first boot.
+    first = site.boot(disk)
+    told("power-on to eni.service active", first.await_active())
+    assert first.plugged
+    told("power-on to the NIC's hot-plug", first.plugged)
+    site.check(first)
+    journal = first.sh("journalctl --no-pager --boot --unit eni --output cat")
+    assert f"attached {site.eni} ({ENI}) as eth1" in journal
+    assert len(journal.splitlines()) <= 8, journal
+    assert site.attaches() == 1
+
+    # A reboot: all again, but no second attach. Meanwhile a spare boots, and takes nothing.
+    first.vm.reboot()
+    first.start = time.monotonic()
+    spare = site.boot(disk)
+    told("reboot to eni.service active, two at once", first.await_active())
+    site.check(first)
+    spare.await_sh("journalctl --boot --unit eni", lambda s: "is held by" in s, 120)
+    assert spare.vm.run("systemctl is-active eni.service").stdout.strip() == "activating"
+    assert site.attaches() == 1
+    assert site.holder() == first.instance.id
+
+    # By hand: detach, and the spare has it within seconds, without a reboot.
+    began = time.monotonic()
+    first.sh("eni_ctl.py -d")
+    assert "eth1" not in first.sh("ip -brief link")
+    first.await_sh("ip rule; ip -6 rule; ip route show table all", lambda s: ENI not in s, 60)
+    assert site.pings(site.client, first.instance.ip)
+    spare.await_active()
+    told("release to the waiting host's eni.service active", time.monotonic() - began)
+    site.check(spare)
+
+    # The spare is killed; a replacement takes over while the group still ends it.
+    first.vm.power_off()
+    lab.aws.shutdown_delay = 600
+    spare.vm.power_off()
+    lab.aws.terminate(spare.instance)
+    began = time.monotonic()
+    heir = site.boot(disk)
+    heir.await_active()
+    told("kill to the replacement's eni.service active", time.monotonic() - began)
+    assert heir.plugged
+    told("  of which power-on to the NIC's hot-plug", heir.plugged)
+    await_that(lambda: site.pings(site.client, ENI, 1), 20)
+    site.check(heir)
+    assert lab.aws.instances[spare.instance.id].model.state != "terminated"
+
+    # Stopped with the drop-in, it gives the ENI back; started, it takes it again.
+    heir.vm.run("mkdir -p /etc/systemd/system/eni.service.d")
+    heir.vm.run("cat > /etc/systemd/system/eni.service.d/detach.conf", stdin=DETACH)
+    heir.sh("systemctl daemon-reload; systemctl stop eni.service")
+    assert site.holder() is None
+    assert "eth1" not in heir.sh("ip -brief link")
+    assert site.pings(site.client, heir.instance.ip)
+    heir.sh("systemctl start eni.service")
+    site.check(heir)
+
+
+def test_imds_that_is_out_of_reach_during_the_boot(site: Site, tmp_path: Path) -> None:
+    disk = make_disk(site.lab, "bookworm", tmp_path, INTERFACES)
+    site.lab.aws.imds_up = False
+    machine = site.boot(disk)
+    machine.await_sh("journalctl --boot --unit eni", lambda s: "IMDS, PUT" in s, 120)
+    timer = threading.Timer(20, lambda: setattr(site.lab.aws, "imds_up", True))
+    timer.start()
+    machine.await_active()
+    timer.join()
+    site.check(machine)
+
+
+def test_predictable_device_names(site: Site, tmp_path: Path) -> None:
+    stanzas = INTERFACES.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
+    disk = make_disk(site.lab, "bookworm", tmp_path, stanzas)
+    machine = site.boot(disk, options="")
+    machine.await_active()
+    site.check(machine)
+    assert machine.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
+
+
+def test_a_nat_instance_by_the_readme(site: Site, tmp_path: Path) -> None:
+    lab = site.lab
+    private = lab.add_subnet("10.0.3.0/24")
+    assert private
+    host = lab.add_host("private", "10.0.3.70")
+    disk = make_disk(lab, "bookworm", tmp_path, NAT_INTERFACES)
+
+    def serve_by(machine: Booted) -> None:
+        """What a NAT instance needs beyond the README's install section."""
+        machine.await_active()
+        machine.vm.run("cat > /etc/nftables.conf", stdin=NFTABLES)
+        machine.sh("nft -f /etc/nftables.conf; sysctl -qw net.ipv4.ip_forward=1")
+        # The route table of the private subnet has the ENI as its default route, as EC2's can.
+        lab.vpc.set_source_check(lab.aws.eni(site.eni).mac_address, False)
+        router = run("ip", "route", "show", "table", "77").strip()
+        if not router:
+            run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
+        run("ip", "route", "replace", "default", "via", ENI, "table", "77")
+
+    machine = site.boot(disk)
+    serve_by(machine)
+    assert host.ask(CLIENT) == ENI
+    machine.vm.power_off()
+    lab.aws.shutdown_delay = 600
+    lab.aws.terminate(machine.instance)
+    heir = site.boot(disk)
+    serve_by(heir)
+    await_that(lambda: host.ask(CLIENT) == ENI, 30)
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_unit_is_well_formed_and_tight() -> None:
+    """Of systemd-analyze's scale, 0 is best and 10 worst."""
+    command = ["systemd-analyze", "security", "--no-pager", "--offline=true", str(UNIT)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    exposure = re.search(r"Overall exposure level for eni.service: ([0-9.]+)", told)
+    assert exposure
+    assert float(exposure[1]) <= 1.5
+
+
+def test_the_unit_verifies(lab: Lab, subnet: str) -> None:
+    machine = lab.launch(subnet)
+    machine.write("/etc/systemd/system/eni.service", UNIT.read_text())
+    done = machine.run("systemd-analyze", "verify", "/etc/systemd/system/eni.service")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
