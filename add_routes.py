@@ -401,7 +401,10 @@ def main(argv: list[str] | None = None) -> int:
             if not NAME.fullmatch(name) or len(name) > limit:
                 raise Failure(f"{name!r} is no usable name; expected at most {limit} plain letters")
         with open(os.devnull) if options.dry_run else lock():
-            host = read_host(options.verbose)
+            try:
+                host = read_host(options.verbose)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise Failure(f"what `ip -json` says is not understood: {error!r}") from None
             table = 0 if options.remove else choose_table(host, options.device, options.table)
             steps = plan(host, options, table)
             if options.dry_run:

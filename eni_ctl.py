@@ -58,6 +58,7 @@ FORCE_AFTER = 30.0  # a detach from a holder that is going away is forced
 FIRST_WORD = 2.0  # a wait is reported; again each time it has doubled
 
 INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type takes more than 15 a card
+REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"  # and what a zone's name looks like
 V6_ROUTER = "fe80:ec2::1"  # each VPC router has it (VPC user guide, "Configure route tables")
 
 # What error codes mean here; failure() adds what needs a look at the status or the message.
@@ -384,10 +385,15 @@ class Imds:
             answer = self.session.request(
                 method, url, headers=dict(headers), timeout=limit, allow_redirects=False
             )
+            # requests does not mind a body that was cut off, nor does urllib3 before version 2.
+            whole = answer.raw.tell() >= int(answer.headers.get("Content-Length", 0))
         except (self.error, ValueError) as error:
             raise Throttled(f"IMDS, {method} {url}: {type(error).__name__}") from None
         trace(f"IMDS, {method} {url}: {answer.status_code}")
-        return answer.status_code, answer.text
+        html = answer.status_code == 200 and "html" in answer.headers.get("Content-Type", "")
+        if html or not whole:
+            raise Throttled(f"IMDS, {method} {url}: {'HTML' if html else 'cut off'}")
+        return answer.status_code, answer.content.decode("utf-8", "replace")
 
     def fetch_token(self) -> str:
         """A token for five minutes, empty where IMDS knows none. Raises as get does."""
@@ -429,8 +435,8 @@ def imds_endpoint() -> str:
 class Aws:
     """EC2 and Auto Scaling by boto3. Each call is tried once: wait() is what tries again."""
 
-    def __init__(self, region: str, deadline: Deadline, dry_run: bool = False) -> None:
-        self.region, self.deadline, self.dry_run = region, deadline, dry_run
+    def __init__(self, region: str, deadline: Deadline, dry_run: bool, imds: Imds) -> None:
+        self.region, self.deadline, self.dry_run, self.imds = region, deadline, dry_run, imds
         self.clients: dict[str, Any] = {}
 
     def client(self, service: str) -> Any:
@@ -468,17 +474,21 @@ class Aws:
                     arguments["NetworkCardIndex"] = 0
             answer: dict[str, Any] = getattr(client, botocore.xform_name(action))(**arguments)
         except ClientError as error:
-            code, message = error.response["Error"]["Code"], error.response["Error"]["Message"]
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            said = error.response.get("Error", {})  # nothing where the body is not AWS's
+            code, message = said.get("Code") or str(status), said.get("Message", "")
             if rehearsal and code == "DryRunOperation":
                 raise Rehearsed(f"would call {action} ({told}): permitted") from None
             if code in LAGGING:
                 self.clients.clear()  # with them, credentials that are too old or too new
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             raise failure(action, code, status, message) from None
         except NoCredentialsError:
             self.clients.clear()
+            if role := self.imds.get("meta-data/iam/security-credentials/", r"[\w+=,.@-]+"):
+                raise Throttled(f"IMDS has no credentials of the role {role}") from None
             raise NeedsPerson("no credentials: has the instance an IAM instance profile?") from None
-        except (BotoCoreError, ResponseParserError) as error:
+        # LookupError and the like: botocore trips over answers that are not AWS's, or IMDS's.
+        except (BotoCoreError, ResponseParserError, LookupError, TypeError, ValueError) as error:
             raise Throttled(f"{action}: {one_line(error)}") from None
         return answer
 
@@ -503,6 +513,8 @@ class Aws:
                 "AutoScalingInstances",
                 InstanceIds=ids[start : start + 50],
             ):
+                if not item.keys() >= {"InstanceId", "AutoScalingGroupName", "LifecycleState"}:
+                    raise Throttled("DescribeAutoScalingInstances: an answer that lacks a state")
                 found[item["InstanceId"]] = (item["AutoScalingGroupName"], item["LifecycleState"])
         return found
 
@@ -522,7 +534,11 @@ class Aws:
 
 def find_device(mac: str) -> str | None:
     """The device with that MAC address, whatever its name: eth1, ens6, enX1."""
-    for device in sorted(os.listdir("/sys/class/net")):
+    try:
+        devices = sorted(os.listdir("/sys/class/net"))
+    except OSError as error:
+        raise Failure(f"cannot list /sys/class/net: {error.strerror}") from None
+    for device in devices:
         path = f"/sys/class/net/{device}"
         # OSError: it went while we looked, or is bonding_masters, which is no device.
         with contextlib.suppress(OSError), open(f"{path}/address") as file:
@@ -540,14 +556,18 @@ def read_network(eni: Eni) -> Network:
     device = find_device(eni.mac)
     if device is None:
         raise NotYet(f"no device with {eni.id}'s MAC address {eni.mac} has appeared")
-    for link in run_ip("addr", "show", "dev", device):
-        for address in link.get("addr_info", []):
-            usable = "UP" in link["flags"] and not address.get("tentative")
-            if usable and address["local"] == eni.ip:
-                interface = ipaddress.ip_interface(f"{eni.ip}/{address['prefixlen']}")
-                v4_router = str(interface.network.network_address + 1)  # in every VPC subnet
-                gateway = v4_router if interface.version == 4 else V6_ROUTER
-                return Network(device, address["prefixlen"], gateway)
+    try:
+        for link in run_ip("addr", "show", "dev", device):
+            for address in link.get("addr_info", []):
+                usable = "UP" in link["flags"] and not address.get("tentative")
+                if usable and address["local"] == eni.ip:
+                    interface = ipaddress.ip_interface(f"{eni.ip}/{address['prefixlen']}")
+                    v4_router = str(interface.network.network_address + 1)  # in every VPC subnet
+                    gateway = v4_router if interface.version == 4 else V6_ROUTER
+                    return Network(device, address["prefixlen"], gateway)
+    except (LookupError, TypeError, AttributeError) as error:
+        what = f"ip -json addr show dev {device}"
+        raise NotYet(f"{what}: an answer that lacks {one_line(error)}") from None
     raise NotYet(f"{device} is not up with {eni.id}'s address {eni.ip}")
 
 
@@ -633,12 +653,12 @@ def look_around(options: argparse.Namespace, deadline: Deadline) -> tuple[Here, 
         return wait(ask, deadline, POLL_HERE)
 
     instance = must("meta-data/instance-id", r"i-[0-9a-f]{8,17}")
-    zone = must("meta-data/placement/availability-zone", r"[a-z0-9-]{1,40}")
+    zone = must("meta-data/placement/availability-zone", REGION)
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-    region = region or must("meta-data/placement/region", r"[a-z0-9-]{1,40}")
-    if not re.fullmatch(r"[a-z0-9-]{1,40}", region):
+    region = region or must("meta-data/placement/region", REGION)
+    if not re.fullmatch(REGION, region):
         raise NeedsPerson(f"the region is {show(region)}, expected one like us-west-1")
-    aws = Aws(region, deadline, options.dry_run)
+    aws = Aws(region, deadline, options.dry_run, imds)
     # There only with instance tags in metadata switched on; it saves an API call.
     group = "meta-data/tags/instance/aws:autoscaling:groupName"
     name = options.name or may(group, r"[^\x00-\x1f]{1,255}")
@@ -747,6 +767,7 @@ def attach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     lock = Lock(LOCK_FILE, deadline)
     here, aws = look_around(options, deadline)
     eni = wait(Claim(here, aws, lock, deadline, options.force).attempt, deadline, POLL_EC2)
+    deadline.doing = f"{eni.id} is attached, waiting for its device and address"
     network = wait(lambda: read_network(eni), deadline, POLL_HERE)
     write_state(options.state_file, here, eni, network)
     return f"attached {eni.id} ({eni.ip}) as {network.device}", 0
@@ -756,7 +777,7 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     lock = Lock(LOCK_FILE, deadline)
     here, aws = look_around(options, deadline)
     gone: dict[str, tuple[Eni, Network | None]] = {}
-    asked: set[str] = set()
+    asked: dict[str, float] = {}  # when, by attachment
 
     def let_go() -> None:
         enis = aws.enis(here.name)
@@ -769,10 +790,11 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
                 gone[eni.id] = (eni, None)
                 with contextlib.suppress(NotYet):
                     gone[eni.id] = (eni, read_network(eni))
-            if eni.attachment_status != "detaching" and eni.attachment not in asked:
+            due = asked.get(eni.attachment, -POLL_STATES) + POLL_STATES <= deadline.past()
+            if eni.attachment_status != "detaching" and due:
                 with contextlib.suppress(AlreadyGone):
                     aws.call("DetachNetworkInterface", AttachmentId=eni.attachment)
-                asked.add(eni.attachment)
+                asked[eni.attachment] = deadline.past()
         if mine or any(find_device(eni.mac) for eni, _ in gone.values()):
             raise NotYet(f"{', '.join(gone)} is being detached")
 

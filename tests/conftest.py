@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import faults
 import pytest
 from lab import Lab, Machine
 from lab.vpc import in_lab
@@ -26,6 +27,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The faults that were tried, and how many of them were held."""
+    for line in faults.summary():
+        terminalreporter.write_line(line)
 
 
 class ForbiddenError(BaseException):
