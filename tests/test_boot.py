@@ -178,8 +178,8 @@ def test_predictable_device_names(site: Site, tmp_path: Path) -> None:
 
 def test_a_nat_instance_by_the_readme(site: Site, tmp_path: Path) -> None:
     lab = site.lab
-    private = lab.add_subnet("10.0.3.0/24")
-    assert private
+    lab.add_subnet("10.0.3.0/24")
+    run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
     host = lab.add_host("private", "10.0.3.70")
     disk = make_disk(lab, "bookworm", tmp_path, NAT_INTERFACES)
 
@@ -187,12 +187,10 @@ def test_a_nat_instance_by_the_readme(site: Site, tmp_path: Path) -> None:
         """What a NAT instance needs beyond the README's install section."""
         machine.await_active()
         machine.vm.run("cat > /etc/nftables.conf", stdin=NFTABLES)
-        machine.sh("nft -f /etc/nftables.conf; sysctl -qw net.ipv4.ip_forward=1")
+        machine.vm.run("cat > /etc/sysctl.d/nat.conf", stdin="net.ipv4.ip_forward=1\n")
+        machine.sh("systemctl restart nftables systemd-sysctl")
         # The route table of the private subnet has the ENI as its default route, as EC2's can.
         lab.vpc.set_source_check(lab.aws.eni(site.eni).mac_address, False)
-        router = run("ip", "route", "show", "table", "77").strip()
-        if not router:
-            run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
         run("ip", "route", "replace", "default", "via", ENI, "table", "77")
 
     machine = site.boot(disk)

@@ -68,7 +68,7 @@ def shell(machine: Machine) -> int:
         "Leave with exit.",
         flush=True,
     )
-    machine.write("/root/.profile", f"PS1='{machine.instance.id}:\\w# '\n")
+    machine.write("/root/.profile", f"PS1='{machine.instance.id}# '\n")
     terminal = {name: os.environ[name] for name in ("TERM", "LANG") if name in os.environ}
     environment = {**machine.environment, **terminal, "HOME": "/root", "ENV": "/root/.profile"}
     command = machine.command("sh", "-c", "cd; exec sh -i")

@@ -55,7 +55,7 @@ table bridge vpc {
 HOST = """
 set -e
 cd "$1"
-for dir in etc/default etc/network etc/iproute2 usr/local/sbin var/lib/dhcp; do
+for dir in etc/default etc/network etc/iproute2/rt_tables.d usr/local/sbin var/lib/dhcp; do
     mkdir -p "upper/$dir"
 done
 for dir in etc usr/local var/lib; do
@@ -131,14 +131,9 @@ class Host:
         return run(*self.command("ip", *arguments))
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """Put a file on this host."""
-        run(
-            *self.command("sh", "-c", 'mkdir -p "${1%/*}" && cat > "$1" && chmod "$2" "$1"'),
-            "sh",
-            path,
-            f"{mode:o}",
-            stdin=text,
-        )
+        """Put a new file on this host: those of this machine may not be ours to write to."""
+        script = 'mkdir -p "${1%/*}"; rm -f "$1" 2>&1; cat > "$1" && chmod "$2" "$1"'
+        run(*self.command("sh", "-c", script), "sh", path, f"{mode:o}", stdin=text)
 
     def read(self, path: str) -> str:
         return run(*self.command("cat", path))
@@ -275,8 +270,9 @@ class Vpc:
             ranges.append(f"--dhcp-range={network6[0]},static,{network6.prefixlen},1h")
         LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
         files = ["--conf-file=/dev/null", f"--dhcp-hostsfile={LEASES}", "--leasefile-ro"]
-        # As root: it could not read a file of ours after dropping that.
-        plain = ["--port=0", "--user=root", "--group=root", "--no-ping", "--enable-ra"]
+        files.append(f"--pid-file={WORK}/dnsmasq.pid")
+        # As who we are: another user could not read our file, and there may be no other.
+        plain = ["--port=0", "--user=", "--group=", "--no-ping", "--enable-ra"]
         self.dnsmasq = subprocess.Popen(
             ["dnsmasq", "--keep-in-foreground", "--log-facility=-", *plain, *files, *ranges],
             stdin=subprocess.DEVNULL,
