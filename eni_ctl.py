@@ -114,6 +114,10 @@ class NeedsPerson(Failure):
     code = 4
 
 
+class Denied(NeedsPerson):
+    """The instance's IAM policy lacks an action."""
+
+
 class Rehearsed(Exception):
     """--dry-run has come to the first step that would change something: its result."""
 
@@ -241,7 +245,7 @@ def failure(action: str, code: str, status: int, message: str) -> Failure:
     text = f"{HINTS.get(code, '')}{action}: {code}: {one_line(message)}"
     if code in DENIED:
         service = "autoscaling" if "AutoScaling" in action else "ec2"
-        return NeedsPerson(f"not allowed: the instance's IAM policy lacks {service}:{action}")
+        return Denied(f"not allowed: the instance's IAM policy lacks {service}:{action}")
     if code in THROTTLED or status >= 500 or status == 429 or code.isdigit():
         return Throttled(text)  # botocore makes a code of the status where the body is not AWS's
     in_use = code == "InvalidParameterValue" and "in use" in message
@@ -757,6 +761,10 @@ class Claim:
             self.aws.call("DetachNetworkInterface", AttachmentId=eni.attachment, Force=overdue)
         except AlreadyGone:
             trace(f"{eni.id} has just been released")
+        except Denied:
+            raise
+        except NeedsPerson as error:
+            raise NotYet(f"{why}, and EC2 does not detach it: {error}") from None
         self.detaching[eni.attachment] = now
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from eni_ctl import (
     AlreadyGone,
     Deadline,
+    Denied,
     Eni,
     Failure,
     Here,
@@ -145,7 +146,7 @@ def test_no_eni_of_a_holder_that_may_be_in_service_is_ever_touched(
 @pytest.mark.parametrize(
     ("code", "status", "message", "kind", "exit_code"),
     [
-        ("UnauthorizedOperation", 403, "You are not authorized", NeedsPerson, 4),
+        ("UnauthorizedOperation", 403, "You are not authorized", Denied, 4),
         ("InvalidNetworkInterface.InUse", 400, "Interface: [eni-1] in use.", InUse, 1),
         ("InvalidParameterValue", 400, "interface eni-1 is currently in use", InUse, 1),
         (
