@@ -154,6 +154,12 @@ def test_the_life_of_a_host_and_of_its_successors(
     heir.sh("systemctl start eni.service")
     site.check(heir)
 
+    # The same by hand.
+    heir.sh("eni_ctl.py -d")
+    assert site.holder() is None
+    heir.sh("eni_ctl.py -a")
+    site.check(heir)
+
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_nat_instance_by_the_readme_and_its_successor(
