@@ -261,7 +261,10 @@ def test_a_describe_that_lags_costs_neither_a_second_eni_nor_a_wrong_word(
 ) -> None:
     """Each run begins while EC2 still shows what was before the one before it."""
     (place,) = make_places(1)
-    place.lab.aws.describe_lag = 2
+    aws = place.lab.aws
+    aws.describe_lag = 2
+    # The peer has had its own for longer than that.
+    await_that(lambda: all(p.seen(2) == p.describe() for p in aws.ports.values()))
     for verb, number in (("-a", 1), ("-a", 1), ("-d", 0), ("-d", 0), ("-a", 1), ("-d", 0)):
         done = place.machine.eni_ctl(verb)
         held = done.returncode == 0 and len(place.held()) == number
