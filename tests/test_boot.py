@@ -154,56 +154,54 @@ def test_the_life_of_a_host_and_of_its_successors(
     heir.sh("systemctl start eni.service")
     site.check(heir)
 
-    # The same by hand.
-    heir.sh("eni_ctl.py -d")
-    assert site.holder() is None
-    heir.sh("eni_ctl.py -a")
-    site.check(heir)
 
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_a_nat_instance_by_the_readme_and_its_successor(
-    site: Site, tmp_path: Path, release: str, told: Callable[[str, float], None]
-) -> None:
-    """With the names that udev gives of itself, and IMDS out of reach for 20 s at first."""
-    lab = site.lab
-    stanzas, nft = (
-        text.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
-        for text in (NAT_INTERFACES, NFTABLES)
-    )
-    disk = make_disk(lab, release, tmp_path, stanzas)
-    lab.add_subnet("10.0.3.0/24")
-    private = lab.add_host("private", "10.0.3.70")
-    # The route table of the private subnet has the ENI as its default route, as EC2's can.
-    run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
-
-    def check_forwarding(machine: Booted) -> None:
-        """Do what the README says for a NAT instance: the private host reaches the client, which
-        sees the ENI's address."""
-        machine.vm.run("cat > /etc/nftables.conf", stdin=nft)
-        machine.vm.run("cat > /etc/sysctl.d/nat.conf", stdin="net.ipv4.ip_forward=1\n")
-        machine.sh("systemctl restart nftables systemd-sysctl")
-        lab.vpc.set_source_check(lab.aws.eni(site.eni).mac_address, False)
-        run("ip", "route", "replace", "default", "via", ENI, "table", "77")
-        await_that(lambda: private.ask(CLIENT) == ENI, 60)
-
-    lab.aws.imds_up = False
-    machine = site.boot(disk, options="")
+def test_imds_that_is_out_of_reach_during_the_boot(site: Site, tmp_path: Path) -> None:
+    disk = make_disk(site.lab, "bookworm", tmp_path, INTERFACES)
+    site.lab.aws.imds_up = False
+    machine = site.boot(disk)
     machine.await_sh("journalctl --boot --unit eni", lambda s: "IMDS, PUT" in s, 120)
-    timer = threading.Timer(20, lambda: setattr(lab.aws, "imds_up", True))
+    timer = threading.Timer(20, lambda: setattr(site.lab.aws, "imds_up", True))
     timer.start()
-    told("power-on to eni.service active, IMDS late", machine.await_active())
+    machine.await_active()
     timer.join()
     site.check(machine)
-    assert machine.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
-    check_forwarding(machine)
 
+
+def test_predictable_device_names(site: Site, tmp_path: Path) -> None:
+    stanzas = INTERFACES.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
+    disk = make_disk(site.lab, "bookworm", tmp_path, stanzas)
+    machine = site.boot(disk, options="")
+    machine.await_active()
+    site.check(machine)
+    assert machine.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
+
+
+def test_a_nat_instance_by_the_readme(site: Site, tmp_path: Path) -> None:
+    lab = site.lab
+    lab.add_subnet("10.0.3.0/24")
+    run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
+    host = lab.add_host("private", "10.0.3.70")
+    disk = make_disk(lab, "bookworm", tmp_path, NAT_INTERFACES)
+
+    def serve_by(machine: Booted) -> None:
+        """What a NAT instance needs beyond the README's install section."""
+        machine.await_active()
+        machine.vm.run("cat > /etc/nftables.conf", stdin=NFTABLES)
+        machine.vm.run("cat > /etc/sysctl.d/nat.conf", stdin="net.ipv4.ip_forward=1\n")
+        machine.sh("systemctl restart nftables systemd-sysctl")
+        # The route table of the private subnet has the ENI as its default route, as EC2's can.
+        lab.vpc.set_source_check(lab.aws.eni(site.eni).mac_address, False)
+        run("ip", "route", "replace", "default", "via", ENI, "table", "77")
+
+    machine = site.boot(disk)
+    serve_by(machine)
+    assert host.ask(CLIENT) == ENI
     machine.vm.power_off()
     lab.aws.shutdown_delay = 600
     lab.aws.terminate(machine.instance)
-    heir = site.boot(disk, options="")
-    heir.await_active()
-    check_forwarding(heir)
+    heir = site.boot(disk)
+    serve_by(heir)
+    await_that(lambda: host.ask(CLIENT) == ENI, 30)
 
 
 @pytest.mark.usefixtures("inside")
