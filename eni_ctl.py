@@ -430,7 +430,7 @@ class Imds:
 
 
 def imds_endpoint() -> str:
-    """As botocore finds it: https://docs.aws.amazon.com/sdkref/latest/guide/feature-imds-credentials.html"""
+    """As botocore finds it (AWS SDKs and Tools Reference Guide, "IMDS credential provider")."""
     mode = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower()
     stock = "http://[fd00:ec2::254]" if mode == "ipv6" else "http://169.254.169.254"
     return (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or stock).rstrip("/")
