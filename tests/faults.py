@@ -12,13 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from lab import Lab, Machine, await_that
-from lab.aws import Aws
-from lab.wire import Answer, Fault, Handler
+from lab.wire import Fault
 
 T = TypeVar("T")
 REFUSE = """
@@ -30,49 +28,6 @@ table inet lab {
 }
 """
 tried: dict[tuple[str, str], list[bool]] = {}  # (what, with): whether each held
-
-
-class Of(str):
-    """What a fault concerns, when it is asked from one address."""
-
-    source: str
-
-    def __new__(cls, what: str, source: str) -> Of:
-        self = super().__new__(cls, what)
-        self.source = source
-        return self
-
-
-@dataclass
-class Says(Fault):
-    """Any body with any status, which the request does not mean to give."""
-
-    body: bytes = b""
-    content_type: str = "text/html"
-
-    def deliver(
-        self,
-        connection: Handler,
-        act: Callable[[], Answer],
-        spoilt: Answer,
-        stopped: threading.Event,
-    ) -> None:
-        if self.do:
-            self.do()
-        connection.send(Answer(self.status, self.body, self.content_type))
-
-
-def tell_machines_apart(aws: Aws) -> None:
-    """From now on a fault that concerns an Of spoils only what that address asks."""
-    answer = aws._answer
-
-    def selective(
-        connection: Handler, concerns: Callable[[str], bool], make: Callable[[], Answer]
-    ) -> None:
-        source = connection.client_address[0].removeprefix("::ffff:")
-        answer(connection, lambda w: getattr(w, "source", source) == source and concerns(w), make)
-
-    vars(aws)["_answer"] = selective
 
 
 class Place:
@@ -89,9 +44,8 @@ class Place:
         self.struck: list[Fault] = []  # a fault as often as it struck
 
     def fail(self, what: str, **options: Any) -> Fault:
-        """As Aws.fail, for this machine alone. `body` is given with the status as it is; `refused`
-        refuses connections from that request on. All that were spoilt are counted in `struck`."""
-        extra = {key: options.pop(key) for key in ("body", "content_type") if key in options}
+        """As Aws.fail, for this machine alone. `refused` refuses connections from that request on.
+        All requests that were spoilt are counted in `struck`."""
         act = options.pop("do", None)
         if options.pop("refused", False):
             options["how"] = "drop"
@@ -102,12 +56,7 @@ class Place:
             if act:
                 act()
 
-        concerned = Of(what, self.machine.instance.ip)
-        fault = self.lab.aws.fail(concerned, do=do, **options)
-        if extra:
-            self.lab.aws._faults.remove(fault)
-            fault = Says(**(vars(fault) | extra))
-            self.lab.aws._faults.append(fault)
+        fault = self.lab.aws.fail(what, do=do, source=self.machine.instance.ip, **options)
         self.faults.append(fault)
         return fault
 

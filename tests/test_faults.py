@@ -15,10 +15,10 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
-from faults import Place, note, tell_machines_apart, timed, try_all, wrong_end
+from faults import Place, note, timed, try_all, wrong_end
 from lab import Lab, await_that
 from lab.imds import ROLE
-from lab.wire import Fault
+from lab.wire import Answer, Fault
 
 pytestmark = pytest.mark.timeout(300)  # for a machine that does other things too
 
@@ -35,7 +35,6 @@ ATTACH, DETACH = "AttachNetworkInterface", "DetachNetworkInterface"
 ACTIONS = (GROUPS, ENIS, ATTACH, DETACH)
 
 PAGE = b"<html><body><h1>Log in to go on</h1></body></html>"
-PLAIN = {"status": 200, "content_type": "text/plain"}
 KINDS: dict[str, dict[str, Any]] = {
     "refused": {"refused": True},
     "reset": {"how": "reset"},
@@ -44,10 +43,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "empty": {"how": "empty"},
     "truncated": {"how": "truncate"},
     "HTML": {"how": "html"},
-    "JSON": {"body": b'{"a": [1, 2]}'} | PLAIN,
-    "a number": {"body": b"5"} | PLAIN,
-    "bytes": {"body": b"\xff\xfe\x00\x9f\x92"} | PLAIN,
-    **{f"bare {n}": {"body": PAGE, "status": n} for n in (400, 401, 403, 404, 429, 500, 503)},
+    "JSON": {"says": Answer(200, b'{"a": [1, 2]}')},
+    "a number": {"says": Answer(200, b"5")},
+    "bytes": {"says": Answer(200, b"\xff\xfe\x00\x9f\x92")},
+    **{
+        f"bare {n}": {"says": Answer(n, PAGE, "text/html")}
+        for n in (400, 401, 403, 404, 429, 500, 503)
+    },
 }
 CODES = {
     "AuthFailure": 401,
@@ -92,7 +94,7 @@ def options(what: str, kind: str) -> dict[str, Any]:
     if kind == "wrong type":
         space, text = WRONG[what]
         xml = f'<{what}Response xmlns="{space}">{text}</{what}Response>'
-        return {"body": xml.encode(), "status": 200, "content_type": "text/xml"}
+        return {"says": Answer(200, xml.encode(), "text/xml")}
     return dict(KINDS[kind])
 
 
@@ -100,7 +102,6 @@ def options(what: str, kind: str) -> dict[str, Any]:
 def make_places(lab: Lab, subnet: str) -> Iterator[Callable[..., list[Place]]]:
     """Places whose pools have one ENI more, which an instance in service holds; in the end nobody
     has asked EC2 to attach it or to detach it."""
-    tell_machines_apart(lab.aws)
     lab.aws.detach_delay = lab.aws.attach_delay = 0.1
     peer = lab.launch(subnet, group="peers", max_interfaces=99)
     theirs: set[str] = set()
@@ -277,7 +278,6 @@ def test_the_groups_name_in_imds_is_taken_whole_or_not_at_all(
     lab: Lab, subnet: str, how: str
 ) -> None:
     """A wrong name would have -d say "not attached", and exit 0."""
-    tell_machines_apart(lab.aws)
     place = Place(lab, subnet, "wéb ✓", free=1, tags_in_imds=True)
     for verb, number in (("-a", 1), ("-d", 0)):
         fault = place.fail(TAG, how=how)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 import pytest
-from faults import Place, note, tell_machines_apart, try_all
+from faults import Place, note, try_all
 from lab import Lab, Machine, await_that
 
 pytestmark = pytest.mark.timeout(300)  # for a machine that does other things too
@@ -152,7 +152,6 @@ def one_more_run(place: Place, verb: str) -> str:
 @pytest.mark.parametrize("verb", ["-a", "-d"])
 def test_killed_at_any_point_one_more_run_makes_it_right(lab: Lab, subnet: str, verb: str) -> None:
     """Of a pool of two, while EC2 shows attachments late."""
-    tell_machines_apart(lab.aws)
     lab.aws.attach_delay = lab.aws.detach_delay = 0.1
     lab.aws.describe_lag = 0.5
     places = [Place(lab, subnet, f"group{n}") for n in range(6)]

@@ -407,6 +407,8 @@ class Aws:
         seconds: float = 0,
         skip: int = 0,
         do: Callable[[], object] | None = None,
+        source: str = "",
+        says: Answer | None = None,
     ) -> Fault:
         """Spoil requests for `what`: an API action, or the beginning of an IMDS path ("" is all).
 
@@ -414,9 +416,11 @@ class Aws:
         effect; "after": it takes effect and its answer is lost. `do` runs at that point. "truncate"
         cuts the true answer in the middle, so it takes effect; "hang" says nothing for `seconds`
         (0: for ever) and then goes on as if nothing had been; "drop" closes and "reset" resets.
+        With `source`, only requests from that address are spoilt; `says` is the answer to give
+        where AWS has none like it.
         """
         watched = (lambda: self._watch(do)) if do else None
-        fault = Fault(what, code, status, times, how, when, seconds, skip, watched)
+        fault = Fault(what, code, status, times, how, when, seconds, skip, watched, source, says)
         self._faults.append(fault)
         return fault
 
@@ -432,9 +436,10 @@ class Aws:
             with self._lock:
                 return self._watch(make)
 
+        source = source_of(connection)
         with self._lock:
-            faults = (fault for fault in self._faults if concerns(fault.what) and fault.strikes())
-            fault = next(faults, None)
+            asked = (f for f in self._faults if concerns(f.what) and f.source in ("", source))
+            fault = next((f for f in asked if f.strikes()), None)
         if fault:
             spoilt = self._spoilt(connection, fault)
             fault.deliver(connection, act, spoilt, self._stopped)
@@ -442,6 +447,8 @@ class Aws:
             connection.send(act())
 
     def _spoilt(self, connection: Handler, fault: Fault) -> Answer:
+        if fault.says:
+            return fault.says
         if not connection.headers.get("Host", "").endswith(".amazonaws.com"):
             return imds_error(fault.status)
         message = MESSAGES.get(fault.code, "spoilt by the lab")
@@ -449,7 +456,7 @@ class Aws:
 
     def _answer_imds(self, connection: Handler, body: bytes) -> None:
         path = unquote(urlsplit(connection.path).path).lstrip("/")
-        source = str(ipaddress.ip_address(connection.client_address[0].partition("%")[0]))
+        source = source_of(connection)
         self.imds_calls.append((connection.command, path, source))
 
         def make() -> Answer:
@@ -475,3 +482,8 @@ class Aws:
             return perform(self, connection, body, action, dry_run)
 
         self._answer(connection, lambda what: what == action, make)
+
+
+def source_of(connection: Handler) -> str:
+    """The caller's address."""
+    return str(ipaddress.ip_address(connection.client_address[0].partition("%")[0]))

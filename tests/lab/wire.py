@@ -38,6 +38,8 @@ class Fault:
     seconds: float
     skip: int
     do: Callable[[], object] | None
+    source: str
+    says: Answer | None
 
     def strikes(self) -> bool:
         """Count a request that this fault concerns: is it to be spoilt?"""
