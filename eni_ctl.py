@@ -39,8 +39,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Callable, NoReturn, TypeVar
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
 
@@ -61,23 +60,6 @@ INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type takes more than
 REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"  # and what a zone's name looks like
 V6_ROUTER = "fe80:ec2::1"  # each VPC router has it (VPC user guide, "Configure route tables")
 
-# What error codes mean here; failure() adds what needs a look at the status or the message.
-DENIED = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"}
-THROTTLED = {"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"}
-LAGGING = {
-    "IncorrectState",  # of an ENI or instance that is between two states
-    "IncorrectInstanceState",
-    "InvalidInstanceID.NotFound",  # just after the launch
-    "InvalidNetworkInterfaceID.NotFound",  # deleted since we looked
-    "AuthFailure",  # new credentials are not known everywhere at once
-    "InvalidClientTokenId",
-    "ExpiredToken",
-    "RequestExpired",  # the clock is not set yet
-}
-HINTS = {
-    "InvalidParameterCombination": "is the ENI in another zone? ",
-    "AttachmentLimitExceeded": "no free slot for an ENI on this instance: ",
-}
 T = TypeVar("T")
 verbose = False
 
@@ -122,8 +104,33 @@ class Rehearsed(Exception):
     """--dry-run has come to the first step that would change something: its result."""
 
 
-@dataclass(frozen=True)
-class Here:
+# What the error codes of AWS mean here; failure() adds what the code alone does not decide.
+ERRORS: dict[str, type[Failure]] = {
+    "UnauthorizedOperation": Denied,
+    "AccessDenied": Denied,
+    "AccessDeniedException": Denied,
+    "InvalidNetworkInterface.InUse": InUse,
+    "InvalidAttachmentID.NotFound": AlreadyGone,
+    "RequestLimitExceeded": Throttled,
+    "RequestThrottled": Throttled,
+    "Throttling": Throttled,
+    "ThrottlingException": Throttled,
+    "IncorrectState": NotYet,  # of an ENI or instance that is between two states
+    "IncorrectInstanceState": NotYet,
+    "InvalidInstanceID.NotFound": NotYet,  # just after the launch
+    "InvalidNetworkInterfaceID.NotFound": NotYet,  # deleted since we looked
+    "AuthFailure": NotYet,  # new credentials are not known everywhere at once
+    "InvalidClientTokenId": NotYet,
+    "ExpiredToken": NotYet,
+    "RequestExpired": NotYet,  # the clock is not set yet
+}
+HINTS = {
+    "InvalidParameterCombination": "is the ENI in another zone? ",
+    "AttachmentLimitExceeded": "no free slot for an ENI on this instance: ",
+}
+
+
+class Here(NamedTuple):
     """This instance, as IMDS and its group tell."""
 
     instance: str
@@ -133,8 +140,7 @@ class Here:
     state: str  # life-cycle state in the group; empty where there is none
 
 
-@dataclass(frozen=True)
-class Eni:
+class Eni(NamedTuple):
     """A network interface as DescribeNetworkInterfaces shows it."""
 
     id: str
@@ -146,7 +152,7 @@ class Eni:
     holder: str = ""  # an instance, or the AWS service that owns it; empty when free
     attachment: str = ""
     attachment_status: str = ""  # attaching, attached, detaching
-    index: int = -1
+    device_index: int = -1
     since: str = ""
 
     @classmethod
@@ -164,13 +170,12 @@ class Eni:
             holder=held.get("InstanceId") or held.get("InstanceOwnerId") or "",
             attachment=held.get("AttachmentId", ""),
             attachment_status=held.get("Status", ""),
-            index=held.get("DeviceIndex", -1),
+            device_index=held.get("DeviceIndex", -1),
             since=str(held.get("AttachTime", "")),
         )
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """The ENI's device and the prefix of the address on it, as the kernel shows them."""
 
     device: str
@@ -178,8 +183,7 @@ class Network:
     gateway: str
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What to do next: keep, attach (the first that can be had), release or wait."""
 
     do: str
@@ -199,8 +203,8 @@ def decide(
     ENI that was last claimed from here, which may be ours though EC2 does not show it yet.
     """
     named = f"no network interface named {show(here.name)}"
-    movable = [eni for eni in enis if eni.index != 0]  # a launch template may name primary ones
-    mine = sorted((e for e in movable if e.holder == here.instance), key=lambda e: e.index)
+    movable = [eni for eni in enis if eni.device_index != 0]
+    mine = attached_to(here.instance, enis)
     staying = tuple(eni for eni in mine if eni.attachment_status != "detaching")
     if staying:
         return Step("keep", staying)
@@ -228,6 +232,13 @@ def decide(
     return Step("wait", why="; ".join(why[:3]))
 
 
+def attached_to(instance: str, enis: Iterable[Eni]) -> list[Eni]:
+    """Those that the instance holds, in the order of their device indexes, but its primary one:
+    that cannot be moved, though a launch template may have given it the group's name."""
+    mine = [eni for eni in enis if eni.holder == instance and eni.device_index != 0]
+    return sorted(mine, key=lambda eni: eni.device_index)
+
+
 def is_ending(state: str) -> bool:
     """Whether an instance in that life-cycle state has left service for good."""
     return state.split("Warmed:")[-1].startswith(("Terminating", "Terminated"))
@@ -241,21 +252,16 @@ def own_order(instance: str, eni: str) -> str:
 
 
 def failure(action: str, code: str, status: int, message: str) -> Failure:
-    """The Failure for an error answer of AWS; codes decide, messages only where codes do not."""
-    text = f"{HINTS.get(code, '')}{action}: {code}: {one_line(message)}"
-    if code in DENIED:
+    """The Failure for an error answer of AWS."""
+    kind = ERRORS.get(code)
+    if code == "InvalidParameterValue":  # says it all; only the message tells what
+        kind = InUse if "in use" in message else IndexTaken if "device index" in message else None
+    elif kind is None and (status >= 500 or status == 429 or code.isdigit()):
+        kind = Throttled  # botocore makes a code of the status where the body is not AWS's
+    if kind is Denied:
         service = "autoscaling" if "AutoScaling" in action else "ec2"
         return Denied(f"not allowed: the instance's IAM policy lacks {service}:{action}")
-    if code in THROTTLED or status >= 500 or status == 429 or code.isdigit():
-        return Throttled(text)  # botocore makes a code of the status where the body is not AWS's
-    in_use = code == "InvalidParameterValue" and "in use" in message
-    if in_use or code == "InvalidNetworkInterface.InUse":
-        return InUse(text)
-    if code == "InvalidParameterValue" and "device index" in message:
-        return IndexTaken(text)
-    if code == "InvalidAttachmentID.NotFound":
-        return AlreadyGone(text)
-    return NotYet(text) if code in LAGGING else NeedsPerson(text)
+    return (kind or NeedsPerson)(f"{HINTS.get(code, '')}{action}: {code}: {one_line(message)}")
 
 
 def escape_filter(value: str) -> str:
@@ -428,6 +434,17 @@ class Imds:
             raise Throttled(f"IMDS at {self.base}{path} answered {status} {show(text[:40])}")
         return text
 
+    def await_value(self, path: str, pattern: str, optional: bool = False) -> str:
+        """The value at path as soon as IMDS tells it; empty where it has none and need not."""
+
+        def attempt() -> str:
+            value = self.get(path, pattern)
+            if value or optional:
+                return value
+            raise Throttled(f"IMDS at {self.base} has no {path}")
+
+        return wait(attempt, self.deadline, POLL_HERE)
+
 
 def imds_endpoint() -> str:
     """As botocore finds it (AWS SDKs and Tools Reference Guide, "IMDS credential provider")."""
@@ -483,7 +500,7 @@ class Aws:
             code, message = said.get("Code") or str(status), said.get("Message", "")
             if rehearsal and code == "DryRunOperation":
                 raise Rehearsed(f"would call {action} ({told}): permitted") from None
-            if code in LAGGING:
+            if ERRORS.get(code) is NotYet:
                 self.clients.clear()  # with them, credentials that are too old or too new
             raise failure(action, code, status, message) from None
         except NoCredentialsError:
@@ -644,30 +661,19 @@ class Lock:
 def look_around(options: argparse.Namespace, deadline: Deadline) -> tuple[Here, Aws]:
     """Who and where this instance is, and its door to AWS. Raises a Failure."""
     imds = Imds(deadline)
-
-    def may(path: str, pattern: str) -> str:
-        return wait(lambda: imds.get(path, pattern), deadline, POLL_HERE)
-
-    def must(path: str, pattern: str) -> str:
-        def ask() -> str:
-            if value := imds.get(path, pattern):
-                return value
-            raise Throttled(f"IMDS at {imds.base} has no {path}")
-
-        return wait(ask, deadline, POLL_HERE)
-
-    instance = must("meta-data/instance-id", r"i-[0-9a-f]{8,17}")
-    zone = must("meta-data/placement/availability-zone", REGION)
+    instance = imds.await_value("meta-data/instance-id", r"i-[0-9a-f]{8,17}")
+    zone = imds.await_value("meta-data/placement/availability-zone", REGION)
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-    region = region or must("meta-data/placement/region", REGION)
+    region = region or imds.await_value("meta-data/placement/region", REGION)
     if not re.fullmatch(REGION, region):
         raise NeedsPerson(f"the region is {show(region)}, expected one like us-west-1")
     aws = Aws(region, deadline, options.dry_run, imds)
     # There only with instance tags in metadata switched on; it saves an API call.
-    group = "meta-data/tags/instance/aws:autoscaling:groupName"
-    name = options.name or may(group, r"[^\x00-\x1f]{1,255}")
+    tag = "meta-data/tags/instance/aws:autoscaling:groupName"
+    name = options.name or imds.await_value(tag, r"[^\x00-\x1f]{1,255}", optional=True)
     if name:
-        state = may("meta-data/autoscaling/target-lifecycle-state", r"[A-Za-z:]{1,40}")
+        path = "meta-data/autoscaling/target-lifecycle-state"
+        state = imds.await_value(path, r"[A-Za-z:]{1,40}", optional=True)
         return Here(instance, zone, region, name, state), aws
 
     def ask_group() -> tuple[str, str]:
@@ -714,7 +720,7 @@ class Claim:
         found = self.aws.groups(holders | {self.here.instance})
         self.states = {holder: found.get(holder, ("", "in no group"))[1] for holder in holders}
         if self.here.instance in found:
-            self.here = replace(self.here, state=found[self.here.instance][1])
+            self.here = self.here._replace(state=found[self.here.instance][1])
         self.states_due = self.deadline.past() + POLL_STATES
 
     def attach_one(self, enis: Sequence[Eni]) -> Eni:
@@ -724,7 +730,7 @@ class Claim:
             if not self.aws.dry_run:
                 self.lock.note(eni.id)
             try:
-                return replace(eni, attachment=self.attach(eni), index=self.index)
+                return eni._replace(attachment=self.attach(eni), device_index=self.index)
             except InUse:
                 if perhaps_ours:
                     raise NotYet(f"{eni.id} is in use, EC2 does not show yet by whom") from None
@@ -789,7 +795,7 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
 
     def let_go() -> None:
         enis = aws.enis(here.name)
-        mine = [eni for eni in enis if eni.holder == here.instance and eni.index != 0]
+        mine = attached_to(here.instance, enis)
         hidden = any(eni.id == lock.claimed and not eni.holder for eni in enis)
         if hidden and not gone and deadline.past() < GRACE:
             raise NotYet(f"{lock.claimed} was claimed here, EC2 does not show it attached yet")
@@ -811,7 +817,7 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
         raise Rehearsed("would do nothing: no such network interface is attached here")
     lock.note("")
     for eni, network in gone.values():
-        write_state(options.state_file, here, replace(eni, attachment=""), network)
+        write_state(options.state_file, here, eni._replace(attachment=""), network)
     if gone:
         return "detached " + ", ".join(f"{eni.id} ({eni.ip})" for eni, _ in gone.values()), 0
     with contextlib.suppress(OSError), open(options.state_file, "rb") as file:
@@ -828,13 +834,13 @@ def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     holders = {eni.holder for eni in enis if eni.holder.startswith("i-")}
     found = wait(lambda: aws.groups(holders | {here.instance}), deadline, POLL_EC2)
     state = {i: life_cycle for i, (_, life_cycle) in found.items()}
-    report: dict[str, Any] = {**vars(here), "state": state.get(here.instance, here.state)}
-    report["enis"] = [{**vars(eni), "holder_state": state.get(eni.holder, "")} for eni in enis]
-    mine = next((eni for eni in enis if eni.holder == here.instance and eni.index != 0), None)
-    code = 0 if mine else 3
-    if mine:
+    report: dict[str, Any] = {**here._asdict(), "state": state.get(here.instance, here.state)}
+    report["enis"] = [{**eni._asdict(), "holder_state": state.get(eni.holder, "")} for eni in enis]
+    code = 3
+    for mine in attached_to(here.instance, enis)[:1]:
+        code = 0
         try:
-            report.update(vars(read_network(mine)), ip=mine.ip)
+            report.update(read_network(mine)._asdict(), ip=mine.ip)
             rules = run_ip("-6" if ":" in mine.ip else "-4", "rule")
             report["rule"] = any(rule.get("src") == mine.ip for rule in rules)
         except NotYet as error:

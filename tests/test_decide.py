@@ -40,7 +40,7 @@ def eni(
         "holder": holder,
         "attachment": f"eni-attach-{number}",
         "attachment_status": status,
-        "index": index,
+        "device_index": index,
     }
     name = f"eni-{number}"
     mac = f"02:00:00:00:00:{number:02x}"
@@ -133,7 +133,7 @@ def test_no_eni_of_a_holder_that_may_be_in_service_is_ever_touched(
         return
     for chosen in step.enis:
         assert chosen in enis
-        assert chosen.index != 0
+        assert chosen.device_index != 0
         if step.do == "attach":
             assert (chosen.holder, chosen.zone) == ("", HERE.zone)
         if step.do == "release":
