@@ -52,8 +52,8 @@ GRACE = 10.0  # IAM, Auto Scaling and tags lag behind a fresh launch
 POLL_EC2 = 1.0  # a released ENI is noticed within 1.5
 POLL_HERE = 0.1  # the kernel, IMDS and the lock: asking costs next to nothing
 POLL_STATES = 5.0  # the holders' life-cycle states
-BACK_OFF = 15.0  # the longest pause after throttling and server errors
 FORCE_AFTER = 30.0  # a detach from a holder that is going away is forced
+BACK_OFF = 15.0  # what is throttled or out of reach is asked so many times less often at most
 FIRST_WORD = 2.0  # a wait is reported; again each time it has doubled
 
 INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type takes more than 15 a card
@@ -332,23 +332,23 @@ def wait(attempt: Callable[[], T], deadline: Deadline, pause: float) -> T:
     """
     import random
 
-    longest, next_word = pause, FIRST_WORD
+    slow, next_word = pause, FIRST_WORD
     refused: float | None = None  # since when
     while True:
-        nap = pause
         try:
             return attempt()
         except NeedsPerson as error:
             refused = deadline.past() if refused is None else refused
             if deadline.past() + pause > min(refused + GRACE, deadline.seconds):
                 raise
-            reason = str(error)
+            nap, reason = pause, str(error)
         except NotYet as error:
-            refused = None
-            reason = str(error)
-            # Jitter, so that hosts that failed together do not come back together.
-            longest = min(longest * 2, BACK_OFF) if isinstance(error, Throttled) else pause
-            nap = random.uniform(longest / 2, longest) if longest > pause else pause
+            refused, reason = None, str(error)
+            # All hosts of an account share its rates: who is throttled slows down at once, and
+            # comes back bit by bit. With jitter, or they would all come back together.
+            throttled = isinstance(error, Throttled)
+            slow = min(slow * 2, pause * BACK_OFF) if throttled else max(slow * 0.9, pause)
+            nap = random.uniform(max(slow / 2, pause), slow)
         deadline.doing = reason
         if deadline.left() <= nap:
             deadline.sleep(deadline.left())
@@ -458,21 +458,21 @@ class Aws:
 
     def __init__(self, region: str, deadline: Deadline, dry_run: bool, imds: Imds) -> None:
         self.region, self.deadline, self.dry_run, self.imds = region, deadline, dry_run, imds
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over with new credentials at the next call."""
+        self.session: Any = None
         self.clients: dict[str, Any] = {}
 
     def client(self, service: str) -> Any:
         import boto3
-        import botocore.session
         from botocore.config import Config
 
         if service not in self.clients:
-            session = botocore.session.get_session()
-            # botocore asks IMDS for credentials once and for 1 s, too little at boot.
-            session.set_config_variable("metadata_service_timeout", 2)
-            session.set_config_variable("metadata_service_num_attempts", 3)
+            self.session = self.session or boto3.session.Session(region_name=self.region)
             config = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 0})
-            maker: Any = boto3.session.Session(region_name=self.region, botocore_session=session)
-            self.clients[service] = maker.client(service, config=config)
+            self.clients[service] = self.session.client(service, config=config)
         return self.clients[service]
 
     def call(self, action: str, **arguments: Any) -> dict[str, Any]:
@@ -501,10 +501,10 @@ class Aws:
             if rehearsal and code == "DryRunOperation":
                 raise Rehearsed(f"would call {action} ({told}): permitted") from None
             if ERRORS.get(code) is NotYet:
-                self.clients.clear()  # with them, credentials that are too old or too new
+                self.forget()  # the credentials are too old, or too new
             raise failure(action, code, status, message) from None
         except NoCredentialsError:
-            self.clients.clear()
+            self.forget()
             if role := self.imds.get("meta-data/iam/security-credentials/", r"[\w+=,.@-]+"):
                 raise Throttled(f"IMDS has no credentials of the role {role}") from None
             raise NeedsPerson("no credentials: has the instance an IAM instance profile?") from None
@@ -928,7 +928,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     global verbose
     options = parse(argv)
     verbose = options.verbose
-    # botocore gets its credentials from IMDS, and would ask a proxy for IMDS.
+    # botocore gets its credentials from IMDS: it asks once and for 1 s, too little at boot, and it
+    # would ask a proxy.
+    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
+    os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
     no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     host = imds_endpoint().split("//")[-1].rsplit("/")[0]
     os.environ["no_proxy"] = f"{no_proxy},{host}"
