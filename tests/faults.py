@@ -10,7 +10,8 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ table inet lab {
 }
 """
 tried: dict[tuple[str, str], list[bool]] = {}  # (what, with): whether each held
+fleets: list[tuple[str, ...]] = []  # rows of the table
 
 
 class Place:
@@ -132,12 +134,34 @@ def note(what: str, how: str, held: bool) -> None:
     tried.setdefault((what, how), []).append(held)
 
 
+def note_fleet(
+    what: str, hosts: Sequence[str], calls: Iterable[tuple[str, str, int]], seconds: float
+) -> None:
+    """Calls are (instance, action, HTTP status; 0 where there was no answer yet)."""
+    counted = list(calls)
+    per_host = Counter(host for host, _, _ in counted)
+    claims = Counter(host for host, action, _ in counted if action == "AttachNetworkInterface")
+    throttled = sum(status == 503 for _, _, status in counted) / len(counted)
+    row = [what, f"{throttled:.0%}", f"{seconds:.0f} s"]
+    for count in (claims, per_host):
+        numbers = [count[host] for host in hosts]
+        row.insert(-2, f"{sum(numbers) / len(numbers):.1f}, {max(numbers)}")
+    fleets.append(tuple(row))
+
+
 def summary() -> list[str]:
-    """The table for the end of a session."""
-    rows = [("what went wrong", "in", "tried", "held")]
-    rows += [(what, how, str(len(n)), str(sum(n))) for (what, how), n in sorted(tried.items())]
+    """The tables for the end of a session."""
+    faults = [("what went wrong", "in", "tried", "held")]
+    faults += [(what, how, str(len(n)), str(sum(n))) for (what, how), n in sorted(tried.items())]
+    attaches, all_calls = "attach calls a host (mean, max)", "all calls"
+    head = ("fleet", attaches, all_calls, "throttled", "to the last claim")
+    tables = [faults] * bool(tried) + [[head, *fleets]] * bool(fleets)
+    return [line for table in tables for line in ["", *align(table)]]
+
+
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if tried]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def wrong_end(done: subprocess.CompletedProcess[str], code: int, took: float, limit: float) -> str:
