@@ -586,9 +586,9 @@ def read_network(eni: Eni) -> Network:
                     v4_router = str(interface.network.network_address + 1)  # in every VPC subnet
                     gateway = v4_router if interface.version == 4 else V6_ROUTER
                     return Network(device, address["prefixlen"], gateway)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"ip -json addr show dev {device}"
-        raise NotYet(f"{what}: an answer that lacks {one_line(error)}") from None
+        raise NotYet(f"{what} is not understood: {one_line(repr(error))}") from None
     raise NotYet(f"{device} is not up with {eni.id}'s address {eni.ip}")
 
 

@@ -68,6 +68,15 @@ class Site:
             machine.instance.id,
         ]
 
+    def check_without(self, machine: Booted) -> None:
+        """Device, rules and table of the ENI are gone, the state file says so, eth0 works."""
+        assert "eth1" not in machine.sh("ip -brief link")
+        machine.await_sh("ip rule; ip -6 rule; ip route show table all", lambda s: ENI not in s, 60)
+        assert machine.sh(". /etc/default/eni; echo $DEVICE $ATTACHMENT_ID") == "null null\n"
+        for host, own in ((self.client, CLIENT), (self.neighbour, NEIGHBOUR)):
+            assert self.pings(host, machine.instance.ip), f"{host.name} does not reach eth0"
+            assert machine.ask(own, machine.instance.ip) == machine.instance.ip
+
     def pings(self, host: Host, address: str, patience: int = 5) -> bool:
         return host.run("ping", "-c1", f"-W{patience}", address).returncode == 0
 
@@ -114,7 +123,7 @@ def test_the_life_of_a_host_and_of_its_successors(
     spare = site.boot(disk)
     told("reboot to eni.service active, two at once", first.await_active())
     site.check(first)
-    spare.await_sh("journalctl --boot --unit eni", lambda s: "is held by" in s, 120)
+    spare.await_sh("journalctl --boot --unit eni", lambda s: "is held by" in s, 300)
     assert spare.vm.run("systemctl is-active eni.service").stdout.strip() == "activating"
     assert site.attaches() == 1
     assert site.holder() == first.instance.id
@@ -122,9 +131,7 @@ def test_the_life_of_a_host_and_of_its_successors(
     # By hand: detach, and the spare has it within seconds, without a reboot.
     began = time.monotonic()
     first.sh("eni_ctl.py -d")
-    assert "eth1" not in first.sh("ip -brief link")
-    first.await_sh("ip rule; ip -6 rule; ip route show table all", lambda s: ENI not in s, 60)
-    assert site.pings(site.client, first.instance.ip)
+    site.check_without(first)
     spare.await_active()
     told("release to the waiting host's eni.service active", time.monotonic() - began)
     site.check(spare)
@@ -144,64 +151,63 @@ def test_the_life_of_a_host_and_of_its_successors(
     site.check(heir)
     assert lab.aws.instances[spare.instance.id].model.state != "terminated"
 
-    # Stopped with the drop-in, it gives the ENI back; started, it takes it again.
-    heir.vm.run("mkdir -p /etc/systemd/system/eni.service.d")
-    heir.vm.run("cat > /etc/systemd/system/eni.service.d/detach.conf", stdin=DETACH)
-    heir.sh("systemctl daemon-reload; systemctl stop eni.service")
-    assert site.holder() is None
-    assert "eth1" not in heir.sh("ip -brief link")
-    assert site.pings(site.client, heir.instance.ip)
-    heir.sh("systemctl start eni.service")
-    site.check(heir)
+    # Stopped with the drop-in, it gives the ENI back; started, it takes it again. By hand, too.
+    heir.write("/etc/systemd/system/eni.service.d/detach.conf", DETACH)
+    heir.sh("systemctl daemon-reload")
+    for stop, start in (
+        ("systemctl stop eni.service", "systemctl start eni.service"),
+        ("eni_ctl.py -d", "eni_ctl.py -a"),  # by hand
+    ):
+        heir.sh(stop)
+        assert site.holder() is None
+        site.check_without(heir)
+        heir.sh(start)
+        site.check(heir)
 
 
-def test_imds_that_is_out_of_reach_during_the_boot(site: Site, tmp_path: Path) -> None:
-    disk = make_disk(site.lab, "bookworm", tmp_path, INTERFACES)
-    site.lab.aws.imds_up = False
-    machine = site.boot(disk)
-    machine.await_sh("journalctl --boot --unit eni", lambda s: "IMDS, PUT" in s, 120)
-    timer = threading.Timer(20, lambda: setattr(site.lab.aws, "imds_up", True))
-    timer.start()
-    machine.await_active()
-    timer.join()
-    site.check(machine)
-
-
-def test_predictable_device_names(site: Site, tmp_path: Path) -> None:
-    stanzas = INTERFACES.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
-    disk = make_disk(site.lab, "bookworm", tmp_path, stanzas)
-    machine = site.boot(disk, options="")
-    machine.await_active()
-    site.check(machine)
-    assert machine.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
-
-
-def test_a_nat_instance_by_the_readme(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_nat_instance_by_the_readme_and_its_successor(
+    site: Site, tmp_path: Path, release: str, told: Callable[[str, float], None]
+) -> None:
+    """With the names that udev gives of itself, and IMDS out of reach for 20 s at first."""
     lab = site.lab
+    stanzas, nft = (
+        text.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
+        for text in (NAT_INTERFACES, NFTABLES)
+    )
+    disk = make_disk(lab, release, tmp_path, stanzas)
     lab.add_subnet("10.0.3.0/24")
+    private = lab.add_host("private", "10.0.3.70")
+    # The route table of the private subnet has the ENI as its default route, as EC2's can.
     run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
-    host = lab.add_host("private", "10.0.3.70")
-    disk = make_disk(lab, "bookworm", tmp_path, NAT_INTERFACES)
 
-    def serve_by(machine: Booted) -> None:
-        """What a NAT instance needs beyond the README's install section."""
-        machine.await_active()
-        machine.vm.run("cat > /etc/nftables.conf", stdin=NFTABLES)
-        machine.vm.run("cat > /etc/sysctl.d/nat.conf", stdin="net.ipv4.ip_forward=1\n")
+    def check_forwarding(machine: Booted) -> None:
+        """Do what the README says for a NAT instance: the private host reaches the client, which
+        sees the ENI's address."""
+        machine.write("/etc/nftables.conf", nft)
+        machine.write("/etc/sysctl.d/nat.conf", "net.ipv4.ip_forward=1\n")
         machine.sh("systemctl restart nftables systemd-sysctl")
-        # The route table of the private subnet has the ENI as its default route, as EC2's can.
         lab.vpc.set_source_check(lab.aws.eni(site.eni).mac_address, False)
         run("ip", "route", "replace", "default", "via", ENI, "table", "77")
+        await_that(lambda: private.ask(CLIENT) == ENI, 60)
 
-    machine = site.boot(disk)
-    serve_by(machine)
-    assert host.ask(CLIENT) == ENI
+    lab.aws.imds_up = False
+    machine = site.boot(disk, options="")
+    machine.await_sh("journalctl --boot --unit eni", lambda s: "IMDS, PUT" in s, 300)
+    timer = threading.Timer(20, lambda: setattr(lab.aws, "imds_up", True))
+    timer.start()
+    told("power-on to eni.service active, IMDS late", machine.await_active())
+    timer.join()
+    site.check(machine)
+    assert machine.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
+    check_forwarding(machine)
+
     machine.vm.power_off()
     lab.aws.shutdown_delay = 600
     lab.aws.terminate(machine.instance)
-    heir = site.boot(disk)
-    serve_by(heir)
-    await_that(lambda: host.ask(CLIENT) == ENI, 30)
+    heir = site.boot(disk, options="")
+    heir.await_active()
+    check_forwarding(heir)
 
 
 @pytest.mark.usefixtures("inside")

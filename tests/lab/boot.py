@@ -72,6 +72,10 @@ class Booted:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def write(self, path: str, text: str) -> None:
+        done = self.vm.run(f'mkdir -p "$(dirname {path})" && cat > {path}', stdin=text)
+        assert done.returncode == 0, f"{path}: {done.stderr}"
+
     def ask(self, address: str, source: str) -> str:
         """As Host.ask: our address as the host at address sees it."""
         command = f"python3 - ask {address} {source}"
@@ -85,12 +89,14 @@ class Booted:
             time.sleep(0.2)
         return self.past()
 
-    def await_active(self, timeout: float = 240) -> float:
+    def await_active(self, timeout: float = 300) -> float:
         """Wait until eni.service is active; when that was."""
         return self.await_sh("systemctl is-active eni.service", lambda s: s == "active", timeout)
 
     def journal(self) -> str:
-        return self.vm.run("journalctl --no-pager --boot --unit eni --unit 'ifup@*'").stdout
+        """For a test that fails: what the guest's network set-up and eni.service say."""
+        units = "--unit networking --unit 'ifup@*' --unit eni"
+        return self.vm.run(f"journalctl --no-pager --boot {units}; ip addr; ip rule").stdout
 
 
 def boot(

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -351,8 +351,9 @@ class VirtualMachine:
                 raise TimeoutError(f"{self.name} has no guest agent after {timeout} s")
         options: dict[str, Any] = {"input-data": base64.b64encode(stdin.encode()).decode()}
         options |= {"path": "/bin/sh", "arg": ["-c", command], "capture-output": True}
-        pid = self.agent.call("guest-exec", **options)["pid"]
-        while not (status := self.agent.call("guest-exec-status", pid=pid))["exited"]:
+        pid = self.agent.call("guest-exec", timeout=timeout, **options)["pid"]
+        ask = partial(self.agent.call, "guest-exec-status", timeout=timeout, pid=pid)
+        while not (status := ask())["exited"]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name} still runs after {timeout} s: {command}")
             time.sleep(0.1)  # the agent tells only when asked
@@ -367,7 +368,7 @@ class VirtualMachine:
         """As an administrator does it; returns when the new start begins."""
         self.monitor.forget("RESET")  # of an earlier reboot: qemu tells it twice
         with contextlib.suppress(TimeoutError):  # the agent may be gone before it has told
-            self.run("systemctl --no-block reboot")
+            self.run("systemctl --no-block reboot", timeout=10)
         self.monitor.wait_event("RESET", timeout, guest=True)
 
     def power_off(self) -> None:
