@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_properties import DEVICES, addresses_of
 
 SCRIPT = str(Path(__file__).parents[1] / "add_routes.py")
 # Its own network, its own /run and no rt_tables.d, until it ends.
@@ -618,3 +621,60 @@ def test_a_run_waits_for_another(kernel: Kernel) -> None:
 def test_without_ip_it_says_so(kernel: Kernel) -> None:
     done = kernel.run("/usr/bin/env", "PATH=/nowhere", "/usr/bin/python3", SCRIPT, "-d", "eth1")
     assert (done.returncode, done.stderr) == (1, "add_routes.py: ip: No such file or directory\n")
+
+
+@st.composite
+def foreign(draw: st.DrawFn) -> str:
+    """A rule or a route of somebody else, in our tables and among our priorities, too."""
+    version = draw(st.sampled_from([4, 6]))
+    table, number = draw(st.sampled_from([254, 100, 101, 1000])), draw(st.integers(0, 5))
+    if draw(st.booleans()):
+        priority = draw(st.sampled_from([99, 20000, 20001, 32700, 32702]))
+        return f"ip -{version} rule add pref {priority} fwmark {number + 1} lookup {table}"
+    subnets = {4: f"198.51.100.{number * 16}/28", 6: f"2001:db8:a{number}::/64"}
+    destination = draw(st.sampled_from(["default", subnets[version]]))
+    device = draw(st.sampled_from(DEVICES))
+    return f"ip -{version} route replace {destination} dev {device} metric 50 table {table}"
+
+
+# Without shrinking: each example takes a second.
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    addresses=st.fixed_dictionaries({device: addresses_of(device) for device in DEVICES}),
+    others=st.lists(foreign(), max_size=8, unique=True),
+    order=st.permutations(DEVICES),
+    default=st.sampled_from(["", "--default"]),
+)
+def test_any_host_is_served_and_is_afterwards_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory,
+    addresses: dict[str, list[Any]],
+    others: list[str],
+    order: list[str],
+    default: str,
+) -> None:
+    kernel = Kernel(tmp_path_factory.mktemp("kernel"))
+    try:
+        for device in DEVICES:
+            kernel.add_device(device, *map(str, addresses[device]))
+        kernel.sh("\n".join(others))
+        before = kernel.state()
+        served = []
+        for device in order:
+            found = kernel.state()
+            done = kernel.add_routes(f"-d {device} {default}")
+            if done.returncode:
+                assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+                assert kernel.state() == found
+            else:
+                served.append(device)
+        for device in served[-1:] if default else served:  # the last call with --default wins
+            assert kernel.add_routes(f"-d {device} {default} --dry-run").stdout == ""
+        for device in served:
+            for address in addresses[device]:
+                far = "203.0.113.1" if address.version == 4 else "2001:db8:ff::1"
+                assert kernel.device_to(far, str(address.ip)) == device
+        for device in order:
+            kernel.serve(f"-d {device} -r")
+        assert kernel.state() == before
+    finally:
+        kernel.close()
