@@ -151,11 +151,20 @@ def note_fleet(
 
 def summary() -> list[str]:
     """The tables for the end of a session."""
-    faults = [("what went wrong", "in", "tried", "held")]
-    faults += [(what, how, str(len(n)), str(sum(n))) for (what, how), n in sorted(tried.items())]
+    by_kind: dict[tuple[str, str], list[bool]] = {}
+    for (what, how), held in tried.items():
+        by_kind.setdefault((what.partition(":")[0], how), []).extend(held)
+    every, total = (
+        [("what went wrong", "in", "tried", "held")]
+        + [
+            (what, how, str(len(held)), str(sum(held)))
+            for (what, how), held in sorted(rows.items())
+        ]
+        for rows in (tried, by_kind)
+    )
     attaches, all_calls = "attach calls a host (mean, max)", "all calls"
     head = ("fleet", attaches, all_calls, "throttled", "to the last claim")
-    tables = [faults] * bool(tried) + [[head, *fleets]] * bool(fleets)
+    tables = [every, total] * bool(tried) + [[head, *fleets]] * bool(fleets)
     return [line for table in tables for line in ["", *align(table)]]
 
 

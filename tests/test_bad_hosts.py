@@ -48,7 +48,7 @@ def test_a_bad_ip_is_one_line_at_the_deadline(lab: Lab, machine: Machine, eni: s
         complaint = wrong_end(done, 1, took, 20)
         if complaint or words not in done.stderr.splitlines()[-1]:
             wrong.append(f"{kind}: {complaint} {done.stderr}")
-        note(f"ip: {kind}", "eni_ctl.py -a", not complaint)
+        note(f"broken ip: {kind}", "eni_ctl.py -a", not complaint)
     assert wrong == []
     assert machine.state()["DEVICE"] == "eth1"
     assert machine.eni_ctl("-a").returncode == 0
@@ -69,7 +69,7 @@ def test_so_it_is_for_add_routes_which_changes_nothing(machine: Machine) -> None
         complaint = wrong_end(done, 1, took, 30)
         complaint += " says nothing" if "add_routes.py: " not in done.stderr else ""
         wrong += [f"{kind}: {complaint} {done.stderr}"] if complaint else []
-        note(f"ip: {kind}", "add_routes.py", not complaint)
+        note(f"broken ip: {kind}", "add_routes.py", not complaint)
     assert wrong == []
     assert machine.ip("rule") + machine.ip("route", "show", "table", "all") == before
 

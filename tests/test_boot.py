@@ -110,7 +110,8 @@ def test_the_life_of_a_host_and_of_its_successors(
     first = site.boot(disk)
     told("power-on to eni.service active", first.await_active())
     assert first.plugged
-    told("power-on to the NIC's hot-plug", first.plugged)
+    told("  of which power-on to the NIC's hot-plug", first.plugged)
+    told("  of which eni.service", first.eni_service_took())
     site.check(first)
     journal = first.sh("journalctl --no-pager --boot --unit eni --output cat")
     assert f"attached {site.eni} ({ENI}) as eth1" in journal
@@ -147,7 +148,9 @@ def test_the_life_of_a_host_and_of_its_successors(
     told("kill to the replacement's eni.service active", time.monotonic() - began)
     assert heir.plugged
     told("  of which power-on to the NIC's hot-plug", heir.plugged)
+    told("  of which eni.service", heir.eni_service_took())
     await_that(lambda: site.pings(site.client, ENI, 1), 20)
+    told("kill to the client's next answer from the ENI's address", time.monotonic() - began)
     site.check(heir)
     assert lab.aws.instances[spare.instance.id].model.state != "terminated"
 

@@ -146,7 +146,9 @@ def test_each_bad_answer_once_is_got_over(make_places: Callable[..., list[Place]
             right = done.returncode == 0 and len(place.held()) == (verb == ["-a"])
             for fault in faults:
                 held = right and fault in place.struck
-                note(f"once: {kind}", "API" if fault.what in ACTIONS else "IMDS", held)
+                note(
+                    f"wrong answer, once: {kind}", "API" if fault.what in ACTIONS else "IMDS", held
+                )
                 wrong += [] if held else [f"{kind}, {fault.what}: {done.returncode} {done.stderr}"]
         place.release()
         return "\n".join(wrong)
@@ -187,7 +189,7 @@ def endure(place: Place, case: Case, *arguments: str) -> str:
     wrong = "" if fault in place.struck else "it was never asked, "
     wrong += "" if case.code == 0 == done.returncode else wrong_end(done, case.code, took, 10)
     where = "API" if case.what in ACTIONS else "IMDS"
-    note(f"for good: {case.kind}", where, not wrong)
+    note(f"wrong answer, for good: {case.kind}", where, not wrong)
     place.release()
     return f"{arguments} {case}: {wrong}\n{done.stderr}" if wrong else ""
 
@@ -230,7 +232,7 @@ def test_a_token_may_expire_before_any_request(make_places: Callable[..., list[P
         fault = place.fail(path, do=expire, how="hang", seconds=0.01)
         done = place.machine.eni_ctl("-a")
         held = done.returncode == 0 and fault in place.struck
-        note("once: expired token", "IMDS", held)
+        note("wrong answer, once: expired token", "IMDS", held)
         place.release()
         return "" if held else f"{path}: {done.stderr}"
 
@@ -250,7 +252,7 @@ def test_credentials_may_expire_before_any_call(make_places: Callable[..., list[
         fault = place.fail(action, do=expire, how="hang", seconds=0.01)
         done = place.machine.eni_ctl(verb)
         held = done.returncode == 0 and fault in place.struck
-        note("once: expired credentials", "API", held)
+        note("wrong answer, once: expired credentials", "API", held)
         place.release()
         return "" if held else f"{action}: {done.stderr}"
 
@@ -283,6 +285,6 @@ def test_the_groups_name_in_imds_is_taken_whole_or_not_at_all(
         fault = place.fail(TAG, how=how)
         done = place.machine.eni_ctl(verb)
         held = done.returncode == 0 and fault in place.struck and len(place.held()) == number
-        note(f"once: {how} of the group's name", f"eni_ctl.py {verb}", held)
+        note(f"wrong answer, once: {how} of the group's name", f"eni_ctl.py {verb}", held)
         assert held, done.stderr
         assert place.machine.state()["ASG_NAME"] == "wéb ✓"

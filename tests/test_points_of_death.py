@@ -170,7 +170,7 @@ def test_killed_at_any_point_one_more_run_makes_it_right(lab: Lab, subnet: str, 
                 break  # it met no more of them
             met.add(kind)
             complaint = one_more_run(place, verb)
-            note(f"kill: {kind}", f"eni_ctl.py {verb}", not complaint)
+            note(f"SIGKILL: {kind}", f"eni_ctl.py {verb}", not complaint)
             wrong += [f"{kind} {n}: {complaint}"] if complaint else []
             n += STRIDES.get(kind, 1)
         if process.returncode != 0:
@@ -225,7 +225,7 @@ def test_add_routes_killed_at_any_point_is_made_right_by_one_more_run(
         run(verb)
         found = routing(machine)
         held = found == wanted
-        note(f"kill: {kind}", f"add_routes.py, {verb}", held)
+        note(f"SIGKILL: {kind}", f"add_routes.py, {verb}", held)
         if not held:
             wrong.append(f"{kind}: {set(found) ^ set(wanted)}")
         return True

@@ -93,6 +93,12 @@ class Booted:
         """Wait until eni.service is active; when that was."""
         return self.await_sh("systemctl is-active eni.service", lambda s: s == "active", timeout)
 
+    def eni_service_took(self) -> float:
+        """From its start to being active, by systemd's clock."""
+        named = ("InactiveExitTimestampMonotonic", "ActiveEnterTimestampMonotonic")  # microseconds
+        start, end = (self.sh(f"systemctl show --value --property {name} eni") for name in named)
+        return (int(end) - int(start)) / 1e6
+
     def journal(self) -> str:
         """For a test that fails: what the guest's network set-up and eni.service say."""
         units = "--unit networking --unit 'ifup@*' --unit eni"
