@@ -282,6 +282,11 @@ def apply(steps: list[Step], verbose: bool) -> None:
             raise Failure(error)
 
 
+def plain(address: str) -> str:
+    """The address in the one way to write it; raises ValueError for any other text."""
+    return str(ipaddress.ip_address(address))
+
+
 def read_host(verbose: bool) -> Host:
     """Ask `ip` once for each family; raises Failure, OSError."""
     # Without this file the kernel has no IPv6 (ipv6.disable=1), and `ip -6 rule` fails.
@@ -305,16 +310,20 @@ def read_host(verbose: bool) -> Host:
             table, priority = int(found.get("table", 0)), found["priority"]
             host.tables.add(table)
             if found.get("protocol") == str(PROTOCOL) and priority in PRIORITIES:
-                host.rules.append(Rule(family, priority, found["src"], table))
+                source = found["src"] if found["src"] == "all" else plain(found["src"])
+                host.rules.append(Rule(family, priority, source, table))
         for found in routes:
-            table, to, via = int(found.get("table", MAIN)), found["dst"], found.get("via")
+            table, to = int(found.get("table", MAIN)), found["dst"]
+            via = found.get("via") if family == 4 else None  # a next hop of IPv6, for IPv4
             host.tables.add(table)
             # One next hop and nothing special: not multipath, not encapsulated, not unreachable.
             if "dev" in found and "encap" not in found and found.get("type", "1") == "1":
                 to = to if to == "default" else str(ipaddress.ip_network(to))
-                gateway = f"{via['family']} {via['host']}" if via else found.get("gateway", "")
+                gateway = plain(found["gateway"]) if "gateway" in found else ""
+                gateway = f"inet6 {plain(via['host'])}" if via else gateway
                 onlink, protocol = "onlink" in found["flags"], int(found.get("protocol", 0))
-                common = (found.get("metric", 0), found["dev"], gateway, found.get("prefsrc", ""))
+                source = plain(found["prefsrc"]) if "prefsrc" in found else ""
+                common = (int(found.get("metric", 0)), found["dev"], gateway, source)
                 host.routes.append(Route(family, table, to, *common, onlink, protocol))
     return host
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -60,15 +61,8 @@ def inside() -> None:
 
 @pytest.fixture
 def make_lab(inside: None, tmp_path: Path) -> Iterator[Callable[..., Lab]]:
-    labs: list[Lab] = []
-
-    def make(**options: Any) -> Lab:
-        labs.append(Lab(tmp_path, **options))
-        return labs[-1]
-
-    yield make
-    for lab in labs:
-        lab.close()
+    with contextlib.ExitStack() as labs:
+        yield lambda **options: labs.enter_context(Lab(tmp_path, **options))
 
 
 @pytest.fixture

@@ -189,11 +189,12 @@ def test_a_plan_is_complete_and_can_be_taken_back_and_touches_nobody_else(
     steps = one_line_or(add_routes.Failure, lambda: plan(host, device, default=default))
     if steps is None:
         return
+    table = add_routes.choose_table(host, device)
     after = done(host, [(step.family, step.do) for step in steps])
+    after = after._replace(names={device: table, **host.names})  # write_name() does
     assert plan(after, device, default=default) == []
     assert of_others(after, device) == of_others(host, device)
     own = sorted(str(address.ip) for address in host.addresses[device])
-    table = add_routes.choose_table(host, device)
     assert sorted(r[2:] for r in after.rules if r.source in own) == [(ip, table) for ip in own]
     assert same(done(after, [(step.family, step.undo) for step in steps[::-1]]), host)
 
@@ -272,7 +273,7 @@ def spoilt(draw: st.DrawFn, document: Any) -> Any:
 listed = [LINKS, [{**DEVICE, "addr_info": ADDRESSES}], RULES, ROUTES]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.one_of(spoilt(listed), st.lists(anything, min_size=4, max_size=4)))
 def test_whatever_ip_says_add_routes_ends_in_a_plan_or_in_one_line(
     documents: list[Any], capsys: pytest.CaptureFixture[str]
@@ -289,7 +290,7 @@ def test_whatever_ip_says_add_routes_ends_in_a_plan_or_in_one_line(
 ENI = eni_ctl.Eni("eni-1", "02:00:00:00:00:01", "us-west-1a", "10.0.1.22")
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(document=spoilt([{**DEVICE, "addr_info": ADDRESSES}]) | anything)
 def test_whatever_ip_says_eni_ctl_finds_the_address_or_waits(document: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -320,7 +321,7 @@ DESCRIBED = {
 }
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(items=st.lists(spoilt(DESCRIBED) | anything, max_size=3))
 def test_whatever_ec2_says_its_enis_are_read_or_asked_for_again(items: list[Any]) -> None:
     def pages(self: Any, action: str, key: str, **_: Any) -> list[Any]:
@@ -371,7 +372,7 @@ words = st.one_of(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(given=st.dictionaries(st.sampled_from(["-d", "-g", "-n", "-t"]), words))
 def test_no_argument_becomes_another_command(
     given: Mapping[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

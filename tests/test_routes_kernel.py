@@ -634,7 +634,7 @@ def foreign(draw: st.DrawFn) -> str:
     subnets = {4: f"198.51.100.{number * 16}/28", 6: f"2001:db8:a{number}::/64"}
     destination = draw(st.sampled_from(["default", subnets[version]]))
     device = draw(st.sampled_from(DEVICES))
-    return f"ip -{version} route replace {destination} dev {device} metric 50 table {table}"
+    return f"ip -{version} route replace {destination} dev {device} metric 2000 table {table}"
 
 
 # Without shrinking: each example takes a second.

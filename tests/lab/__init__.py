@@ -9,6 +9,7 @@ All of it lives in the namespaces that tests/lab/setup.sh makes (enter_lab).
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import threading
@@ -185,14 +186,13 @@ class Lab:
         self.aws.terminate(machine.instance)
 
     def close(self) -> None:
-        try:
-            self.aws.stop()
-        finally:
-            for machine in self.machines.values():
-                machine.stop()
+        with contextlib.ExitStack() as last_first:  # all of it, even if some of it fails
+            last_first.callback(self.vpc.close)
             for host in self.hosts:
-                host.stop()
-            self.vpc.close()
+                last_first.callback(host.stop)
+            for machine in self.machines.values():
+                last_first.callback(machine.stop)
+            self.aws.stop()
 
     def __enter__(self) -> Lab:
         return self

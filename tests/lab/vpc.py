@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -251,7 +252,9 @@ class Vpc:
             port = self.ports.pop(mac, None)
         if port:
             done = subprocess.run(["ip", "link", "delete", port], capture_output=True, text=True)
-            if done.returncode and "Cannot find device" not in done.stderr:
+            # It went before `ip` looked for it, or just after.
+            gone = re.search("Cannot find device|No such device", done.stderr)
+            if done.returncode and not gone:
                 raise RuntimeError(f"ip link delete {port}: {done.stderr}")
 
     def lease(self, mac: str, addresses: Sequence[str]) -> None:
@@ -307,15 +310,16 @@ class Vpc:
 
     def close(self) -> None:
         """Take the router's own devices and addresses away, so that another Vpc can be made."""
-        if self.dnsmasq:
-            self.dnsmasq.kill()
-            self.dnsmasq.wait()
-        for mac in list(self.ports):
-            self.unplug(mac)
-        lines = [f"link delete {bridge}" for bridge in self.bridges.values()]
-        lines += ["addr flush dev lo"]
-        run("ip", "-batch", "-", stdin="\n".join(lines))
-        run("nft", "delete table bridge vpc")
+        with contextlib.ExitStack() as last_first:  # all of it, even if some of it fails
+            last_first.callback(run, "nft", "delete table bridge vpc")
+            last_first.callback(run, "ip", "addr", "flush", "dev", "lo")
+            for bridge in self.bridges.values():
+                last_first.callback(run, "ip", "link", "delete", bridge)
+            for mac in list(self.ports):
+                last_first.callback(self.unplug, mac)
+            if self.dnsmasq:
+                last_first.callback(self.dnsmasq.wait)
+                self.dnsmasq.kill()
 
 
 def in_lab() -> bool:
