@@ -420,14 +420,12 @@ class Imds:
     def get(self, path: str, pattern: str) -> str:
         """The value at path, empty where there is none. Raises NeedsPerson where IMDS is off, and
         Throttled for any other answer and for a value that does not match the pattern."""
-        for _ in range(2):  # again where the token has expired
-            if self.token is None:
-                self.token = self.fetch_token()
-            headers = {"X-aws-ec2-metadata-token": self.token} if self.token else {}
-            status, text = self.ask("GET", path, headers)
-            if status != 401:
-                break
-            self.token = None
+        if self.token is None:
+            self.token = self.fetch_token()
+        headers = {"X-aws-ec2-metadata-token": self.token} if self.token else {}
+        status, text = self.ask("GET", path, headers)
+        if status == 401:
+            self.token = None  # it has expired: the next attempt fetches another
         if status == 404:
             return ""
         if status != 200 or not re.fullmatch(pattern, text):
@@ -791,7 +789,6 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     lock = Lock(LOCK_FILE, deadline)
     here, aws = look_around(options, deadline)
     gone: dict[str, tuple[Eni, Network | None]] = {}
-    asked: dict[str, float] = {}  # when, by attachment
 
     def let_go() -> None:
         enis = aws.enis(here.name)
@@ -804,11 +801,9 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
                 gone[eni.id] = (eni, None)
                 with contextlib.suppress(NotYet):
                     gone[eni.id] = (eni, read_network(eni))
-            due = asked.get(eni.attachment, -POLL_STATES) + POLL_STATES <= deadline.past()
-            if eni.attachment_status != "detaching" and due:
+            if eni.attachment_status != "detaching":
                 with contextlib.suppress(AlreadyGone):
                     aws.call("DetachNetworkInterface", AttachmentId=eni.attachment)
-                asked[eni.attachment] = deadline.past()
         if mine or any(find_device(eni.mac) for eni, _ in gone.values()):
             raise NotYet(f"{', '.join(gone)} is being detached")
 

@@ -30,10 +30,36 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, each followed by a short one: workers of pytest-xdist begin with two."""
+    longest = [item for item in items if "release" in getattr(item, "fixturenames", ())]
+    others = [item for item in items if item not in longest]
+    for number, item in enumerate(longest):
+        others.insert(2 * number, item)
+    items[:] = others
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells the main process what it has tried."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = faults.tried
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for which, held in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        faults.tried.setdefault(which, []).extend(held)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The faults that were tried, and how many of them were held."""
+    """The faults that were tried, and how many of them were held; times that tests have noted."""
     for line in faults.summary():
         terminalreporter.write_line(line)
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call" and report.user_properties:
+            terminalreporter.write_line(f"\n{report.nodeid}")
+            for what, seconds in report.user_properties:
+                terminalreporter.write_line(f"  {what}: {seconds:.1f} s")
 
 
 class ForbiddenError(BaseException):

@@ -10,7 +10,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 INTERFACES = snippet("# /etc/network/interfaces")
 NAT_INTERFACES = snippet("# /etc/network/interfaces, for a NAT instance")
 DETACH = snippet("# /etc/systemd/system/eni.service.d/detach.conf")
+OPTIONS = snippet("# /etc/systemd/system/eni.service.d/options.conf")
 NFTABLES = snippet("# /etc/nftables.conf")
 ENI, CLIENT, NEIGHBOUR = "10.0.1.22", "10.0.2.50", "10.0.1.60"
 UNIT = TOP / "systemd/eni.service"
@@ -39,6 +40,10 @@ class Site:
         self.eni = lab.aws.create_eni(self.subnet, name="web", ip=ENI, tags=tags)
         self.client = lab.add_host("client", CLIENT)
         self.neighbour = lab.add_host("neighbour", NEIGHBOUR)
+        # A private subnet, whose route table has the ENI as its default route, as EC2's can.
+        lab.add_subnet("10.0.3.0/24")
+        self.private = lab.add_host("private", "10.0.3.70")
+        run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
 
     def boot(self, disk: Disk, **options: str) -> Booted:
         return boot(self.lab, self.subnet, disk, self.directory, group="web", **options)
@@ -68,6 +73,12 @@ class Site:
             machine.instance.id,
         ]
 
+    def check_forwarding(self) -> None:
+        """What a host in the private subnet asks for goes out by the ENI, under its address."""
+        self.lab.vpc.set_source_check(self.lab.aws.eni(self.eni).mac_address, False)
+        run("ip", "route", "replace", "default", "via", ENI, "table", "77")
+        await_that(lambda: self.private.ask(CLIENT) == ENI, 60)
+
     def check_without(self, machine: Booted) -> None:
         """Device, rules and table of the ENI are gone, the state file says so, eth0 works."""
         assert "eth1" not in machine.sh("ip -brief link")
@@ -86,44 +97,54 @@ def site(lab: Lab, tmp_path: Path) -> Site:
     return Site(lab, tmp_path)
 
 
-@pytest.fixture
-def told(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str, float], None]]:
-    """Notes times, and prints them at the end: the README quotes them."""
-    times: list[str] = []
-
-    def note(what: str, seconds: float) -> None:
-        times.append(f"{what}: {seconds:.1f} s")
-        record_property(what, seconds)
-
-    yield note
-    print("\n  " + "\n  ".join(times))
-
-
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_life_of_a_host_and_of_its_successors(
-    site: Site, tmp_path: Path, release: str, told: Callable[[str, float], None]
+def test_the_life_of_a_nat_instance_and_of_its_successors(
+    site: Site, tmp_path: Path, release: str, record_property: Callable[[str, object], None]
 ) -> None:
+    """Four starts of three hosts of one group. One of them is not a NAT instance but a plain host,
+    and has the device names that udev gives of itself."""
     lab = site.lab
-    disk = make_disk(lab, release, tmp_path, INTERFACES)
+    disk = make_disk(
+        lab,
+        release,
+        tmp_path / "nat",
+        {
+            "/etc/network/interfaces": NAT_INTERFACES,
+            "/etc/nftables.conf": NFTABLES,
+            "/etc/sysctl.d/nat.conf": "net.ipv4.ip_forward=1\n",
+        },
+        "systemctl enable nftables",
+    )
+    stanzas = INTERFACES.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
+    plain = make_disk(lab, release, tmp_path / "plain", {"/etc/network/interfaces": stanzas})
 
     # The first boot.
     first = site.boot(disk)
-    told("power-on to eni.service active", first.await_active())
+    record_property("power-on to eni.service active", first.await_active())
     assert first.plugged
-    told("  of which power-on to the NIC's hot-plug", first.plugged)
-    told("  of which eni.service", first.eni_service_took())
+    record_property("  of which power-on to the NIC's hot-plug", first.plugged)
+    record_property("  of which eni.service", first.eni_service_took())
     site.check(first)
+    site.check_forwarding()
     journal = first.sh("journalctl --no-pager --boot --unit eni --output cat")
     assert f"attached {site.eni} ({ENI}) as eth1" in journal
     assert len(journal.splitlines()) <= 8, journal
     assert site.attaches() == 1
 
-    # A reboot: all again, but no second attach. Meanwhile a spare boots, and takes nothing.
+    # A reboot: all again, but no second attach. Meanwhile a spare boots, and takes nothing. For
+    # both, IMDS is out of reach during the first 20 s that they ask it.
     first.vm.reboot()
     first.start = time.monotonic()
-    spare = site.boot(disk)
-    told("reboot to eni.service active, two at once", first.await_active())
+    lab.aws.imds_up = False
+    spare = site.boot(plain, options="")
+    for machine in (first, spare):
+        machine.await_sh("journalctl --boot --unit eni", lambda s: "IMDS, PUT" in s, 300)
+    timer = threading.Timer(20, lambda: setattr(lab.aws, "imds_up", True))
+    timer.start()
+    record_property("reboot to eni.service active, two at once, IMDS late", first.await_active())
+    timer.join()
     site.check(first)
+    site.check_forwarding()
     spare.await_sh("journalctl --boot --unit eni", lambda s: "is held by" in s, 300)
     assert spare.vm.run("systemctl is-active eni.service").stdout.strip() == "activating"
     assert site.attaches() == 1
@@ -134,8 +155,14 @@ def test_the_life_of_a_host_and_of_its_successors(
     first.sh("eni_ctl.py -d")
     site.check_without(first)
     spare.await_active()
-    told("release to the waiting host's eni.service active", time.monotonic() - began)
+    active = time.monotonic()
+    released = first.start + first.unplugged
+    record_property("eni_ctl.py -d to the release", released - began)
+    taken = spare.start + spare.plugged
+    record_property("release to the NIC's hot-plug at the waiting host", taken - released)
+    record_property("release to its eni.service active", active - released)
     site.check(spare)
+    assert spare.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
 
     # The spare is killed; a replacement takes over while the group still ends it.
     first.vm.power_off()
@@ -145,13 +172,14 @@ def test_the_life_of_a_host_and_of_its_successors(
     began = time.monotonic()
     heir = site.boot(disk)
     heir.await_active()
-    told("kill to the replacement's eni.service active", time.monotonic() - began)
+    record_property("kill to the replacement's eni.service active", time.monotonic() - began)
     assert heir.plugged
-    told("  of which power-on to the NIC's hot-plug", heir.plugged)
-    told("  of which eni.service", heir.eni_service_took())
+    record_property("  of which power-on to the NIC's hot-plug", heir.plugged)
+    record_property("  of which eni.service", heir.eni_service_took())
     await_that(lambda: site.pings(site.client, ENI, 1), 20)
-    told("kill to the client's next answer from the ENI's address", time.monotonic() - began)
+    record_property("kill to the client's next answer by the ENI", time.monotonic() - began)
     site.check(heir)
+    site.check_forwarding()
     assert lab.aws.instances[spare.instance.id].model.state != "terminated"
 
     # Stopped with the drop-in, it gives the ENI back; started, it takes it again. By hand, too.
@@ -168,51 +196,6 @@ def test_the_life_of_a_host_and_of_its_successors(
         site.check(heir)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_a_nat_instance_by_the_readme_and_its_successor(
-    site: Site, tmp_path: Path, release: str, told: Callable[[str, float], None]
-) -> None:
-    """With the names that udev gives of itself, and IMDS out of reach for 20 s at first."""
-    lab = site.lab
-    stanzas, nft = (
-        text.replace("eth0", "enp1s0").replace("eth1", "enp2s0")
-        for text in (NAT_INTERFACES, NFTABLES)
-    )
-    disk = make_disk(lab, release, tmp_path, stanzas)
-    lab.add_subnet("10.0.3.0/24")
-    private = lab.add_host("private", "10.0.3.70")
-    # The route table of the private subnet has the ENI as its default route, as EC2's can.
-    run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
-
-    def check_forwarding(machine: Booted) -> None:
-        """Do what the README says for a NAT instance: the private host reaches the client, which
-        sees the ENI's address."""
-        machine.write("/etc/nftables.conf", nft)
-        machine.write("/etc/sysctl.d/nat.conf", "net.ipv4.ip_forward=1\n")
-        machine.sh("systemctl restart nftables systemd-sysctl")
-        lab.vpc.set_source_check(lab.aws.eni(site.eni).mac_address, False)
-        run("ip", "route", "replace", "default", "via", ENI, "table", "77")
-        await_that(lambda: private.ask(CLIENT) == ENI, 60)
-
-    lab.aws.imds_up = False
-    machine = site.boot(disk, options="")
-    machine.await_sh("journalctl --boot --unit eni", lambda s: "IMDS, PUT" in s, 300)
-    timer = threading.Timer(20, lambda: setattr(lab.aws, "imds_up", True))
-    timer.start()
-    told("power-on to eni.service active, IMDS late", machine.await_active())
-    timer.join()
-    site.check(machine)
-    assert machine.sh(". /etc/default/eni; echo $DEVICE") == "enp2s0\n"
-    check_forwarding(machine)
-
-    machine.vm.power_off()
-    lab.aws.shutdown_delay = 600
-    lab.aws.terminate(machine.instance)
-    heir = site.boot(disk, options="")
-    heir.await_active()
-    check_forwarding(heir)
-
-
 @pytest.mark.usefixtures("inside")
 def test_the_unit_is_well_formed_and_tight() -> None:
     """Of systemd-analyze's scale, 0 is best and 10 worst."""
@@ -223,8 +206,13 @@ def test_the_unit_is_well_formed_and_tight() -> None:
     assert float(exposure[1]) <= 1.5
 
 
-def test_the_unit_verifies(lab: Lab, subnet: str) -> None:
+def test_the_unit_verifies_with_the_drop_ins_of_the_readme(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet)
     machine.write("/etc/systemd/system/eni.service", UNIT.read_text())
+    machine.write("/etc/systemd/system/eni.service.d/detach.conf", DETACH)
+    machine.write("/etc/systemd/system/eni.service.d/options.conf", OPTIONS)
     done = machine.run("systemd-analyze", "verify", "/etc/systemd/system/eni.service")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    command = re.findall("^ExecStart=(.+)$", OPTIONS, re.M)[-1]
+    done = machine.run(*command.split(), "-t", "1")
+    assert done.returncode == 4, done.stderr  # the options are right, but there is no such ENI

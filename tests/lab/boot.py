@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,25 @@ from lab.vpc import ENDPOINT, PROBE, Vpc
 SOURCE = "/root/eni_ctl"  # where the guest has this project, to install from
 
 
-def make_disk(lab: Lab, release: str, directory: Path, interfaces: str) -> Disk:
-    """A disk of that release, with the README's install section run in it as written.
+def make_disk(
+    lab: Lab, release: str, directory: Path, configuration: Mapping[str, str], commands: str = ""
+) -> Disk:
+    """A disk of that release, with the README's install section run in it as written, then the
+    commands. Configuration is texts by their path.
 
     Beyond that it has only the lab's CA and the names of AWS's endpoints.
     """
+    directory.mkdir(exist_ok=True)
     names = "".join(f"{ENDPOINT} {name}\n" for name in lab.aws.host_names)
     files: dict[str, str | Path] = {
         f"{SOURCE}/eni_ctl.py": TOP / "eni_ctl.py",
         f"{SOURCE}/add_routes.py": TOP / "add_routes.py",
         f"{SOURCE}/systemd": TOP / "systemd",
         "/etc/hosts": f"127.0.0.1 localhost debian\n{names}",
-        "/etc/network/interfaces": interfaces,
         "/usr/local/share/ca-certificates/lab.crt": lab.aws.ca,
+        **configuration,
     }
-    commands = f"cd {SOURCE}\n{snippet(INSTALL)}\nupdate-ca-certificates\n"
+    commands = f"cd {SOURCE}\n{snippet(INSTALL)}\nupdate-ca-certificates\n{commands}"
     return install(debian(release), directory, files, commands)
 
 
@@ -47,7 +51,7 @@ class Booted:
             lab.vpc.start_dhcp()
         tap = lab.vpc.open_tap(instance.mac, addresses(instance.primary))
         self.start = time.monotonic()
-        self.plugged: float | None = None
+        self.plugged = self.unplugged = 0.0  # the ENI's NIC, last
         self.vm = VirtualMachine(instance.id, disk, directory, [(instance.mac, tap)], options)
 
     def plug(self, vpc: Vpc, eni: Any) -> None:
@@ -59,6 +63,7 @@ class Booted:
         if self.vm.qemu.poll() is None:
             self.vm.unplug(eni.mac_address)
         vpc.unplug(eni.mac_address)
+        self.unplugged = self.past()
 
     def stop(self) -> None:
         self.vm.power_off()

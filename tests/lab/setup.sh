@@ -44,14 +44,14 @@ install_python_packages() {
 }
 
 # Run a command inside fresh namespaces: nothing in there reaches this machine's network, and all
-# of it is gone, with its processes, when the command ends or is killed.
+# of it is gone, with its processes, when the command ends or this shell is killed.
 enter_lab() {
     user=
     [ "$(id -u)" = 0 ] || user='--user --map-root-user'
     # shellcheck disable=SC2086  # a list of words
-    exec unshare $user --net --mount --pid --fork --kill-child --mount-proc \
+    exec setpriv --pdeathsig KILL unshare $user --net --mount --pid --fork --kill-child --mount-proc \
         sh -c 'mount -t tmpfs lab /mnt && mkdir /mnt/tmp && "$@"' sh \
-        env ENI_LAB=inside TMPDIR=/mnt/tmp PATH="$PATH:/usr/sbin:/sbin" "$@"
+        env ENI_LAB=inside TMPDIR=/mnt/tmp PATH="$PATH:/usr/sbin:/sbin" "$top/tests/lab/worker" "$@"
 }
 
 # shellcheck disable=SC2086  # a list of words

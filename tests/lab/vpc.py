@@ -24,8 +24,8 @@ from pathlib import Path
 ENDPOINT = "203.0.113.10"  # AWS's API; RFC 5737's documentation network
 IMDS = ("169.254.169.254", "fd00:ec2::254")
 V6_ROUTER = "fe80:ec2::1"
-# A tmpfs, mounted by tests/lab/setup.sh over a directory that each Debian host has.
-WORK = Path("/mnt")
+# In a tmpfs, mounted by tests/lab/setup.sh over a directory that each Debian host has.
+WORK = Path("/mnt/lab")
 LEASES = WORK / "leases"
 PROBE = Path(__file__).with_name("probe.py")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -323,5 +323,5 @@ class Vpc:
 
 
 def in_lab() -> bool:
-    """Whether this process runs in the namespaces that tests/lab/enter makes."""
+    """Whether this process runs in the namespaces that tests/lab/setup.sh makes."""
     return os.path.ismount(WORK) and os.environ.get("ENI_LAB") == "inside"
