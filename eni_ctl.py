@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import re
@@ -923,6 +924,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     global verbose
     options = parse(argv)
     verbose = options.verbose
+    gc.set_threshold(50_000)  # boto3 loads what stays: looking for garbage in it costs a tenth
     # botocore gets its credentials from IMDS: it asks once and for 1 s, too little at boot, and it
     # would ask a proxy.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
@@ -955,4 +957,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_code = main()
+    gc.freeze()  # or Python would look for garbage once more: a quarter of the whole run
+    raise SystemExit(exit_code)

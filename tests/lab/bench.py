@@ -98,13 +98,14 @@ def compare(machine: Machine, runs: int, contenders: Mapping[str, Contender]) ->
 
 
 def tell(title: str, costs: Mapping[str, Cost], *beside: str) -> None:
-    """A table; beside: whose CPU and memory the others' are compared with."""
-    print(f"\n{title:42}  CPU ms  wall ms  peak MiB", *(f"  x {name}" for name in beside))
+    """A table; beside: whose costs the others' are compared with."""
+    head = "".join(f"   x {name}: CPU, wall, MiB" for name in beside)
+    print(f"\n{title:42}  CPU ms  wall ms  peak MiB{head}")
     for name, cost in costs.items():
         row = f"{name:42}{cost.cpu * 1e3:8.1f}{cost.wall * 1e3:9.1f}{cost.memory / 2**20:10.1f}"
         for other in beside:
-            cpu, memory = cost.cpu / costs[other].cpu, cost.memory / costs[other].memory
-            row += f"{f'{cpu:.2f} CPU, {memory:.2f} memory':>{max(25, len(other) + 5)}}"
+            ratios = "  ".join(f"{own / its:5.2f}" for own, its in zip(cost, costs[other]))
+            row += f"{ratios:>{len(other) + 22}}"
         print(row, flush=True)
 
 
