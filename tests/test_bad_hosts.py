@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from faults import note, timed, wrong_end
@@ -35,20 +35,28 @@ def tell(machine: Machine, script: str, *arguments: str, limit: float = 20) -> s
     return done.stderr.splitlines()[-1]
 
 
-def test_a_bad_ip_is_one_line_at_the_deadline(lab: Lab, machine: Machine, eni: str) -> None:
-    assert machine.eni_ctl("-a").returncode == 0
-    wrong = []
-    for kind, (action, words) in BAD_IP.items():
+def bad_ips(
+    machine: Machine, script: str, options: str, limit: float
+) -> Iterator[tuple[str, str, str]]:
+    """Run the script with each bad `ip`: which, all it said, and what is not as it has to be."""
+    for kind, (action, _) in BAD_IP.items():
         machine.write("/run/bin/ip", f"#!/bin/sh\n{action}\n", 0o755)
         if not action:
             machine.run("rm", "/run/bin/ip")
         path = "PATH=/run/bin" + (":/usr/bin:/bin" if action else "")
-        run = f"exec env {path} /usr/local/sbin/eni_ctl.py -a -t 2"
+        run = f"exec env {path} /usr/local/sbin/{script} {options}"
         done, took = timed(lambda run=run: machine.run("sh", "-c", run))  # type: ignore[misc]
-        complaint = wrong_end(done, 1, took, 20)
-        if complaint or words not in done.stderr.splitlines()[-1]:
-            wrong.append(f"{kind}: {complaint} {done.stderr}")
-        note(f"broken ip: {kind}", "eni_ctl.py -a", not complaint)
+        complaint = wrong_end(done, 1, took, limit)
+        note(f"broken ip: {kind}", script, not complaint)
+        yield kind, done.stderr, complaint
+
+
+def test_a_bad_ip_is_one_line_at_the_deadline(lab: Lab, machine: Machine, eni: str) -> None:
+    assert machine.eni_ctl("-a").returncode == 0
+    wrong = []
+    for kind, said, complaint in bad_ips(machine, "eni_ctl.py -a", "-t 2", 20):
+        if complaint or BAD_IP[kind][1] not in said.splitlines()[-1]:
+            wrong.append(f"{kind}: {complaint} {said}")
     assert wrong == []
     assert machine.state()["DEVICE"] == "eth1"
     assert machine.eni_ctl("-a").returncode == 0
@@ -59,17 +67,9 @@ def test_so_it_is_for_add_routes_which_changes_nothing(machine: Machine) -> None
     machine.await_network()
     before = machine.ip("rule") + machine.ip("route", "show", "table", "all")
     wrong = []
-    for kind, (action, _) in BAD_IP.items():
-        machine.write("/run/bin/ip", f"#!/bin/sh\n{action}\n", 0o755)
-        if not action:
-            machine.run("rm", "/run/bin/ip")
-        path = "PATH=/run/bin" + (":/usr/bin:/bin" if action else "")
-        run = f"exec env {path} /usr/local/sbin/add_routes.py -d eth1"
-        done, took = timed(lambda run=run: machine.run("sh", "-c", run))  # type: ignore[misc]
-        complaint = wrong_end(done, 1, took, 30)
-        complaint += " says nothing" if "add_routes.py: " not in done.stderr else ""
-        wrong += [f"{kind}: {complaint} {done.stderr}"] if complaint else []
-        note(f"broken ip: {kind}", "add_routes.py", not complaint)
+    for kind, said, complaint in bad_ips(machine, "add_routes.py", "-d eth1", 30):
+        if complaint or "add_routes.py: " not in said:
+            wrong.append(f"{kind}: {complaint} {said}")
     assert wrong == []
     assert machine.ip("rule") + machine.ip("route", "show", "table", "all") == before
 

@@ -21,7 +21,6 @@ from eni_ctl import (
     decide,
     escape_filter,
     failure,
-    own_order,
     wait,
 )
 
@@ -99,8 +98,9 @@ def test_the_eni_that_was_claimed_last_is_tried_first() -> None:
 
 def test_hosts_try_a_pool_in_different_orders() -> None:
     """With 100 hosts and 100 ENIs, random first choices are 63 different ones on average."""
-    pool = [f"eni-{n}" for n in range(100)]
-    first = {min((own_order(f"i-{host}", eni), eni) for eni in pool)[1] for host in range(100)}
+    pool = [eni(number) for number in range(1, 101)]
+    hosts = [HERE._replace(instance=f"i-{number:08x}") for number in range(100)]
+    first = {decide(host, pool, {}, False, "").enis[0].id for host in hosts}
     assert len(first) > 50
 
 

@@ -267,6 +267,12 @@ def test_a_device_that_is_gone_is_found_by_its_table(
     assert all(step.startswith("rule del") for step in steps)
 
 
+def test_to_serve_a_device_takes_nothing_from_one_that_is_gone() -> None:
+    """Its own `down` does, which may be late."""
+    host = make_host("10.0.1.22/24", rules=[Rule(4, 20001, "10.0.5.5", 1000)], tables={254, 1000})
+    assert not [step for step in plan(host, make_options()) if " del " in step]
+
+
 @pytest.mark.parametrize(
     ("device", "wanted", "values", "table"),
     [
