@@ -79,7 +79,7 @@ def test_the_name_option_needs_no_group(lab: Lab, subnet: str, eni: str) -> None
 
 def test_an_instance_in_no_group_needs_a_person(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet)
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1] == (
         f"{machine.instance.id} is in no Auto Scaling group, and no -n NAME was given"
@@ -98,18 +98,18 @@ def test_a_group_known_late_is_waited_for(lab: Lab, subnet: str, eni: str) -> No
 def test_no_eni_of_the_name_needs_a_person(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet, group="web")
     lab.aws.create_eni(subnet, name="Web")
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
-    assert done.stderr == 'no network interface named "web" in us-west-1\n'
+    assert done.stderr.splitlines()[-1] == 'no network interface named "web" in us-west-1'
 
 
 def test_an_eni_in_another_zone_needs_a_person(lab: Lab, subnet: str) -> None:
     eni = lab.aws.create_eni(lab.add_subnet("10.0.2.0/24", "c"), name="web")
     machine = lab.launch(subnet, group="web")
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
-    assert done.stderr == (
-        f'no network interface named "web" in us-west-1a; {eni} is in us-west-1c\n'
+    assert done.stderr.splitlines()[-1] == (
+        f'no network interface named "web" in us-west-1a; {eni} is in us-west-1c'
     )
     assert lab.aws.eni(eni).attachment_id is None
 
@@ -132,7 +132,7 @@ def test_primary_interfaces_of_the_same_name_are_no_candidates(
 
 def test_only_primary_interfaces_of_the_name_need_a_person(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet, group="web", primary_name="web")
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
     assert "is the primary one of " + machine.instance.id in done.stderr
 
@@ -158,11 +158,11 @@ def test_an_eni_of_an_instance_in_service_is_never_taken(
 ) -> None:
     assert machine.eni_ctl("-a").returncode == 0
     rival = lab.launch(subnet, group="web")
-    done = rival.eni_ctl("-a", "-t", "4")
+    done = rival.eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(
-        rf"{eni} is held by {machine.instance.id} \(InService\) 20\S+ \S+; gave up after 4 s", last
+        rf"{eni} is held by {machine.instance.id} \(InService\) 20\S+ \S+; gave up after 6 s", last
     )
     assert "DetachNetworkInterface" not in actions(lab)
     assert actions(lab).count("AttachNetworkInterface") == 1
@@ -175,7 +175,7 @@ def test_nor_is_one_of_an_instance_in_any_other_state(
 ) -> None:
     assert machine.eni_ctl("-a").returncode == 0
     machine.instance.life_cycle = state
-    done = lab.launch(subnet, group="web").eni_ctl("-a", "-t", "1.5")
+    done = lab.launch(subnet, group="web").eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
     assert f"is held by {machine.instance.id} ({state})" in done.stderr
     assert lab.aws.eni(eni).instance.id == machine.instance.id
@@ -184,7 +184,7 @@ def test_nor_is_one_of_an_instance_in_any_other_state(
 def test_nor_is_one_of_an_instance_in_no_group(lab: Lab, subnet: str, eni: str) -> None:
     holder = lab.launch(subnet)
     assert holder.eni_ctl("-a", "-n", "web").returncode == 0
-    done = lab.launch(subnet, group="web").eni_ctl("-a", "-t", "1.5")
+    done = lab.launch(subnet, group="web").eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
     assert f"is held by {holder.instance.id} (in no group)" in done.stderr
     assert lab.aws.eni(eni).instance.id == holder.instance.id
@@ -327,7 +327,7 @@ def test_a_taken_device_index_is_passed_over(lab: Lab, subnet: str, machine: Mac
 
 def test_an_instance_without_a_free_slot_needs_a_person(lab: Lab, subnet: str, eni: str) -> None:
     machine = lab.launch(subnet, group="web", max_interfaces=1)
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
     assert "no free slot" in done.stderr
     assert "AttachmentLimitExceeded" in done.stderr
@@ -395,11 +395,11 @@ def test_a_device_that_never_appears_is_a_failure_at_the_deadline(
     lab: Lab, machine: Machine, eni: str
 ) -> None:
     lab.aws.never_plug.add(eni)
-    done = machine.eni_ctl("-a", "-t", "4")
+    done = machine.eni_ctl("-a", "-t", "12")
     assert done.returncode == 1
     mac = lab.aws.eni(eni).mac_address
     assert done.stderr.splitlines()[-1] == (
-        f"no device with {eni}'s MAC address {mac} has appeared; gave up after 4 s"
+        f"no device with {eni}'s MAC address {mac} has appeared; gave up after 12 s"
     )
     assert not machine.exists("/etc/default/eni")
 
@@ -408,10 +408,10 @@ def test_an_address_that_never_comes_is_a_failure_at_the_deadline(
     lab: Lab, machine: Machine, eni: str
 ) -> None:
     machine.configures = False
-    done = machine.eni_ctl("-a", "-t", "4")
+    done = machine.eni_ctl("-a", "-t", "12")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"eth1 is not up with {eni}'s address 10.0.1.22; gave up after 4 s"
+        f"eth1 is not up with {eni}'s address 10.0.1.22; gave up after 12 s"
     )
 
 
@@ -424,7 +424,7 @@ def test_the_region_comes_from_imds(make_lab: Callable[..., Lab]) -> None:
 
 
 def test_the_environment_may_name_another_region(lab: Lab, machine: Machine) -> None:
-    done = machine.eni_ctl("-a", "-t", "2", AWS_REGION="eu-central-1")
+    done = machine.eni_ctl("-a", "-t", "6", AWS_REGION="eu-central-1")
     assert done.returncode == 1
     assert "autoscaling.eu-central-1.amazonaws.com" in done.stderr
 
@@ -434,10 +434,10 @@ def test_a_name_server_that_never_answers_does_not_outlive_the_deadline(
 ) -> None:
     machine.write("/etc/resolv.conf", "nameserver 10.0.1.99\noptions timeout:30\n")
     started = time.monotonic()
-    done = machine.eni_ctl("-a", "-t", "2", AWS_REGION="eu-central-1")
+    done = machine.eni_ctl("-a", "-t", "6", AWS_REGION="eu-central-1")
     assert done.returncode == 1
-    assert re.fullmatch(r"DescribeAutoScaling\S+ .*; gave up after 2 s\n", done.stderr)
-    assert time.monotonic() - started < 10
+    assert re.fullmatch(r"DescribeAutoScaling\S+ .*; gave up after 6 s\n", done.stderr)
+    assert time.monotonic() - started < 20
 
 
 def test_a_region_that_is_none_needs_a_person(lab: Lab, machine: Machine) -> None:
@@ -461,9 +461,11 @@ def test_a_second_run_waits_for_the_first_at_most_until_its_deadline(
     lab.aws.never_plug.add(eni)
     first = machine.start_eni_ctl("-a", "-t", "20")
     wait_for_line(first, "waiting")
-    done = machine.eni_ctl("-a", "-t", "1")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
-    assert done.stderr == "another run of eni_ctl.py holds /run/eni_ctl.lock; gave up after 1 s\n"
+    assert done.stderr.splitlines()[-1] == (
+        "another run of eni_ctl.py holds /run/eni_ctl.lock; gave up after 6 s"
+    )
     first.kill()
     first.communicate()
 
@@ -512,11 +514,11 @@ def test_throttling_and_server_errors_are_waited_out(
 
 def test_throttling_past_the_deadline_is_a_failure(lab: Lab, machine: Machine) -> None:
     lab.aws.fail("DescribeNetworkInterfaces", times=-1)
-    done = machine.eni_ctl("-a", "-t", "4")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "DescribeNetworkInterfaces: RequestLimitExceeded: Request limit exceeded.; "
-        "gave up after 4 s"
+        "gave up after 6 s"
     )
     assert len(lab.aws.calls) <= 5
 
@@ -534,10 +536,10 @@ def test_answers_that_are_none_are_asked_for_again(lab: Lab, machine: Machine, h
 
 
 def test_a_call_that_hangs_does_not_outlive_the_deadline(lab: Lab, machine: Machine) -> None:
-    lab.aws.fail("DescribeNetworkInterfaces", how="hang", times=-1, seconds=30)
+    lab.aws.fail("DescribeNetworkInterfaces", how="hang", times=-1, seconds=60)
     started = time.monotonic()
-    done = machine.eni_ctl("-a", "-t", "3")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
     assert done.stderr.startswith("DescribeNetworkInterfaces (")
-    assert done.stderr.endswith("; gave up after 3 s\n")
-    assert time.monotonic() - started < 10
+    assert done.stderr.endswith("; gave up after 6 s\n")
+    assert time.monotonic() - started < 20

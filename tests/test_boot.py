@@ -228,5 +228,5 @@ def test_the_unit_verifies_with_the_drop_ins_of_the_readme(lab: Lab, subnet: str
     done = machine.run("systemd-analyze", "verify", "/etc/systemd/system/eni.service")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     command = re.findall("^ExecStart=(.+)$", OPTIONS, re.M)[-1]
-    done = machine.run(*command.split(), "-t", "1")
+    done = machine.run(*command.split(), "-t", "6")
     assert done.returncode == 4, done.stderr  # the options are right, but there is no such ENI

@@ -77,18 +77,18 @@ def test_a_primary_interface_of_the_same_name_is_left_alone(lab: Lab, subnet: st
 def test_a_detach_that_hangs_is_never_forced_here(lab: Lab, machine: Machine, eni: str) -> None:
     machine.eni_ctl("-a")
     lab.aws.stuck.add(eni)
-    done = machine.eni_ctl("-d", "-t", "4")
+    done = machine.eni_ctl("-d", "-t", "6")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"{eni} is being detached; gave up after 4 s"
+    assert done.stderr.splitlines()[-1] == f"{eni} is being detached; gave up after 6 s"
     detaches = [c.params for c in lab.aws.calls if c.action == "DetachNetworkInterface"]
     assert ["Force" in params for params in detaches] == [False]
 
 
 def test_what_an_earlier_run_began_is_finished(lab: Lab, machine: Machine, eni: str) -> None:
     machine.eni_ctl("-a")
-    lab.aws.detach_delay = 3
+    lab.aws.detach_delay = 9
     lab.aws.fail("DetachNetworkInterface", when="after", how="reset")
-    assert machine.eni_ctl("-d", "-t", "1.5").returncode == 1
+    assert machine.eni_ctl("-d", "-t", "6").returncode == 1
     done = machine.eni_ctl("-d")
     assert done.stdout == f"detached {eni} (10.0.1.22)\n"
 
@@ -97,9 +97,9 @@ def test_a_detach_after_a_kill_in_mid_attach_finds_the_eni(
     lab: Lab, machine: Machine, eni: str
 ) -> None:
     """EC2 shows the ENI as free for a while, though the killed run's claim took effect."""
-    lab.aws.describe_lag = 2
+    lab.aws.describe_lag = 9
     lab.aws.fail("AttachNetworkInterface", when="after", how="reset", times=-1)
-    assert machine.eni_ctl("-a", "-t", "1").returncode == 1
+    assert machine.eni_ctl("-a", "-t", "6").returncode == 1
     done = machine.eni_ctl("-d")
     assert done.stdout == f"detached {eni} (10.0.1.22)\n", done.stderr
     assert lab.aws.eni(eni).attachment_id is None
@@ -151,7 +151,7 @@ def test_status_of_an_eni_without_its_device_is_a_failure(
     lab: Lab, machine: Machine, eni: str
 ) -> None:
     machine.configures = False
-    machine.eni_ctl("-a", "-t", "2")
+    machine.eni_ctl("-a", "-t", "6")
     done = machine.eni_ctl("-s")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == (
@@ -199,8 +199,8 @@ def test_a_dry_run_without_the_permission_needs_a_person(
             ],
         }
     )
-    done = machine.eni_ctl("-a", "--dry-run", "-t", "2")
+    done = machine.eni_ctl("-a", "--dry-run", "-t", "6")
     assert done.returncode == 4
-    assert done.stderr == (
-        "not allowed: the instance's IAM policy lacks ec2:AttachNetworkInterface\n"
+    assert done.stderr.splitlines()[-1] == (
+        "not allowed: the instance's IAM policy lacks ec2:AttachNetworkInterface"
     )

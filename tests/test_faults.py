@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "JSON": {"says": Answer(200, b'{"a": [1, 2]}')},
     "a number": {"says": Answer(200, b"5")},
     "bytes": {"says": Answer(200, b"\xff\xfe\x00\x9f\x92")},
+    "redirected": {"says": Answer(302, headers={"Location": f"http://169.254.169.254/{INSTANCE}"})},
     **{
         f"bare {n}": {"says": Answer(n, PAGE, "text/html")}
         for n in (400, 401, 403, 404, 429, 500, 503)
@@ -181,13 +183,25 @@ def for_good() -> Iterator[Case]:
     yield Case(ATTACH, "truncated", 0)  # it took effect, and the next look shows it
 
 
-def endure(place: Place, case: Case, *arguments: str) -> str:
-    """Run with a fault that stays; what is wrong with the end that it comes to."""
-    fault = place.fail(case.what, times=-1, **options(case.what, case.kind))
-    seconds = "3" if case.code else "20"
-    done, took = timed(lambda: place.machine.eni_ctl(*arguments, "-t", seconds))
-    wrong = "" if fault in place.struck else "it was never asked, "
-    wrong += "" if case.code == 0 == done.returncode else wrong_end(done, case.code, took, 10)
+def endure(
+    place: Place, case: Case, *arguments: str, prepare: Callable[[], object] = lambda: None
+) -> str:
+    """Run with a fault that stays; what is wrong with the end that it comes to.
+
+    With a deadline that a machine which is busy otherwise may miss before the run meets the fault,
+    or has told it from what passes: then once more, with a longer one.
+    """
+    for seconds in (20,) if case.code == 0 else (3, 20):
+        place.release()
+        prepare()
+        fault = place.fail(case.what, times=-1, **options(case.what, case.kind))
+        done, took = timed(partial(place.machine.eni_ctl, *arguments, "-t", str(seconds)))
+        met = fault in place.struck
+        if met and (case.code, done.returncode) != (4, 1):
+            break
+    wrong = "" if met else "it was never asked, "
+    if done.returncode or case.code:
+        wrong += wrong_end(done, case.code, took, seconds + 15)
     where = "API" if case.what in ACTIONS else "IMDS"
     note(f"wrong answer, for good: {case.kind}", where, not wrong)
     place.release()
@@ -202,8 +216,7 @@ def test_each_bad_answer_for_good_is_one_line_and_the_right_exit_code(
 
 def test_so_is_each_while_detaching(make_places: Callable[..., list[Place]]) -> None:
     def attempt(place: Place, case: Case) -> str:
-        place.attach(place.enis[0])
-        return endure(place, case, "-d")
+        return endure(place, case, "-d", prepare=lambda: place.attach(place.enis[0]))
 
     kinds = ("reset", "hangs", "empty", "JSON", "bare 403", "wrong type", "RequestExpired", *FINAL)
     cases = [Case(DETACH, kind, 4 if kind in FINAL else 1) for kind in kinds]

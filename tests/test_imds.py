@@ -50,18 +50,19 @@ def test_bad_answers_are_asked_for_again(lab: Lab, machine: Machine, how: Any, s
 
 
 def test_imds_that_hangs_does_not_outlive_the_deadline(lab: Lab, machine: Machine) -> None:
-    lab.aws.fail("", how="hang", times=-1, seconds=30)
-    done = machine.eni_ctl("-a", "-t", "3")
+    lab.aws.fail("", how="hang", times=-1, seconds=60)
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("gave up after 3 s")
+    assert done.stderr.splitlines()[-1].endswith("gave up after 6 s")
     assert "169.254.169.254" in done.stderr
 
 
 def test_imds_that_is_switched_off_needs_a_person(lab: Lab, machine: Machine) -> None:
     lab.aws.fail("latest/api/token", status=403, times=-1)
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
-    assert done.stderr == "IMDS at http://169.254.169.254/latest/ is switched off (403)\n"
+    last = done.stderr.splitlines()[-1]
+    assert last == "IMDS at http://169.254.169.254/latest/ is switched off (403)"
 
 
 def test_a_token_that_has_expired_is_replaced(lab: Lab, machine: Machine) -> None:
@@ -87,7 +88,7 @@ def test_what_else_no_proxy_names_stays(lab: Lab, machine: Machine) -> None:
 
 def test_the_endpoint_of_the_environment_is_used(lab: Lab, machine: Machine) -> None:
     lab.aws.fail("", how="html", times=1)
-    done = machine.eni_ctl("-a", "-t", "3", AWS_EC2_METADATA_SERVICE_ENDPOINT="http://127.0.0.1:9/")
+    done = machine.eni_ctl("-a", "-t", "6", AWS_EC2_METADATA_SERVICE_ENDPOINT="http://127.0.0.1:9/")
     assert done.returncode == 1
     assert "http://127.0.0.1:9/latest/api/token" in done.stderr
     assert lab.aws.imds_calls == []
@@ -105,9 +106,10 @@ def test_imds_is_reached_by_ipv6_where_the_environment_says_so(lab: Lab) -> None
 
 def test_an_instance_without_a_profile_needs_a_person(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet, group="web", role=False)
-    done = machine.eni_ctl("-a", "-t", "2")
+    done = machine.eni_ctl("-a", "-t", "6")
     assert done.returncode == 4
-    assert done.stderr == "no credentials: has the instance an IAM instance profile?\n"
+    last = done.stderr.splitlines()[-1]
+    assert last == "no credentials: has the instance an IAM instance profile?"
 
 
 def test_credentials_that_arrive_late_are_waited_for(lab: Lab, machine: Machine) -> None:

@@ -133,6 +133,13 @@ def test_it_is_replaced_whole_and_readable_by_all(machine: Machine) -> None:
     ]
 
 
+def test_where_it_is_a_symbolic_link_the_link_stays(machine: Machine) -> None:
+    machine.run("ln", "-s", "/run/eni.env", "/etc/default/eni")
+    assert machine.eni_ctl("-a").returncode == 0
+    assert machine.run("readlink", "/etc/default/eni").stdout == "/run/eni.env\n"
+    assert machine.state("/run/eni.env")["IP"] == "10.0.1.22"
+
+
 def test_another_place_can_be_named(machine: Machine) -> None:
     assert machine.eni_ctl("-a", "-o", "/run/eni.env").returncode == 0
     assert machine.state("/run/eni.env")["IP"] == "10.0.1.22"
