@@ -802,7 +802,7 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
                 gone[eni.id] = (eni, None)
                 with contextlib.suppress(NotYet):
                     gone[eni.id] = (eni, read_network(eni))
-            if eni.attachment_status != "detaching":
+            if eni.attachment_status != "detaching":  # EC2 may show it as attached for a while yet
                 with contextlib.suppress(AlreadyGone):
                     aws.call("DetachNetworkInterface", AttachmentId=eni.attachment)
         if mine or any(find_device(eni.mac) for eni, _ in gone.values()):
