@@ -86,11 +86,15 @@ def test_a_detach_that_hangs_is_never_forced_here(lab: Lab, machine: Machine, en
 
 def test_what_an_earlier_run_began_is_finished(lab: Lab, machine: Machine, eni: str) -> None:
     machine.eni_ctl("-a")
-    lab.aws.detach_delay = 9
+    lab.aws.stuck.add(eni)
     lab.aws.fail("DetachNetworkInterface", when="after", how="reset")
     assert machine.eni_ctl("-d", "-t", "6").returncode == 1
-    done = machine.eni_ctl("-d")
-    assert done.stdout == f"detached {eni} (10.0.1.22)\n"
+    second = machine.start_eni_ctl("-d")
+    assert second.stderr
+    assert f"{eni} is being detached" in second.stderr.readline()
+    lab.aws.detach(lab.aws.port(eni), force=True)
+    out, _ = second.communicate(timeout=60)
+    assert out == f"detached {eni} (10.0.1.22)\n"
 
 
 def test_a_detach_after_a_kill_in_mid_attach_finds_the_eni(
