@@ -1,375 +1,1235 @@
-#!/usr/bin/python3
-"""Give each network interface (ENI) of this host a routing table of its own: the VPC drops a packet
-that leaves by another ENI than the one that owns its source address.  Makes, in IPv4 and IPv6:
+#!/usr/bin/python3 -IS
+"""Give each network interface (ENI) of this host a routing table of its own.
 
-    interface group 7700     DEVICE is in it, as is each device that this script serves
-    rule 20000 from all      main decides, but not by a default route or out by one of the group:
-                             containers, VPNs and other devices go on working (once for all)
-    rule 20001 from ADDRESS  the device's table (a rule for each of its addresses)
-    table                    SUBNET dev DEVICE src ADDRESS
-                             main's other routes that leave by DEVICE
-                             default via GATEWAY dev DEVICE
-  and with --default, for what has no source address yet and for what is forwarded:
-    rule 32700               main, for the VPC's link-local IMDS, DNS and NTP
-    rule 32701 from all      main, but not its default route
-    rule 32702 from all      the device's table; when the device goes, main's default takes over
+The VPC drops a packet that leaves by another ENI than the one that owns its source address.
+So every run looks at the whole host and makes these, in IPv4 and IPv6, where they are not yet:
 
-ifupdown calls it in `up` for each device, and with -r in `down`, where the device may be gone.  An
-alias (eth1:0) means its device; lo and --all are none of its business.  One call states all that is
-wanted for the device: give the same options in its inet and inet6 stanzas.  The last call with
---default wins.  Everything is read from the kernel; only what differs is changed; what is made
-carries protocol 77 (`ip -N rule`), and nothing else is ever removed.  The table is the one that has
-the device's name in rt_tables; else for ethN 100+N, for others the first free one from 1000 up.
+    interface group 7700     every device that this program serves
+    rule 20000 from all      use main for what leaves by no device of that group and by no default
+                             route, so that containers and VPNs go on working
+    rule 20030 from ADDRESS  use the table of the device that owns the address: its subnets, main's
+                             other routes by it, and a default route
+  and for the addresses of main's own device, which is that of main's best default route:
+    rule 20010 from ADDRESS  use its table, but not the default route: the other devices' subnets
+                             are reached by its gateway
+    rule 20020 from ADDRESS  use main, but not the default route: routes that enter main later work
+  and with --default, for packets that have no source address yet, and for forwarded ones:
+    rule 32698 from ADDRESS  use main for main's own device, if its table has been emptied
+    rule 32699 iif DEVICE    use the device's table: answers to forwarded packets go back by it
+    rule 32700 to SERVICES   use main for the VPC's link-local IMDS, DNS and NTP
+    rule 32701 from all      use main, but not the default route
+    rule 32702 from all      use the device's table; it is empty when the device is gone
 
-Files: /etc/iproute2/rt_tables.d/DEVICE.conf (the table's name; -r leaves it, so that the number
-stays), /run/add_routes.lock (one run waits for another).
-Exit codes: 0 done; 1 failed, and what this run had done is taken back; 2 usage.
+ifupdown calls this program for each device: in `up`, and in `down` with -r. Or --watch serves all
+hardware devices, and looks again at each change. It serves the devices named so far and those of
+main's default routes, too. While main's own device is the only one, main is right, and nothing is
+made. What this program makes carries protocol 77 (78: as -g or -n says); it changes nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import fcntl
+import fnmatch
 import glob
 import ipaddress
 import itertools
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-from typing import IO, NamedTuple, NoReturn
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Union
 
-PROTOCOL = 77  # in no rt_protos of Debian 11 to 13, nor the kernel's, nor FRR's (186 to 198)
-GROUP = 7700  # far from the small numbers that people give by hand
-# Behind strongSwan (220) and Tailscale (5210 to 5270), for a VPN goes first; before main's 32766.
-MAIN_FIRST, FROM = 20000, 20001
-SERVICES, SPECIFIC, DEFAULT = 32700, 32701, 32702  # behind everybody's but main's own
-PRIORITIES = (MAIN_FIRST, FROM, SERVICES, SPECIFIC, DEFAULT)
-NO_DEFAULT = " suppress_prefixlength 0"
-# Either alone leaks: a default route may leave by a device that nobody serves here; the subnet of
-# two ENIs is in main twice, and the first of the two would win for both.
-SUPPRESS = {MAIN_FIRST: f"{NO_DEFAULT} suppress_ifgroup {GROUP}", SPECIFIC: NO_DEFAULT}
-MAIN, KERNEL_TABLES = 254, (0, 253, 254, 255)  # unspec, default, main, local
-ETH_TABLES = range(100, 253)  # eth0 to eth152: eth153 would have the kernel's 253
+if TYPE_CHECKING:
+    import socket
+
+PROGRAM = "add_routes.py"
+
+# These two are in no rt_protos of Debian 11 to 13, nor the kernel's, nor FRR's (186 to 198).
+PROTOCOL = 77
+GIVEN = 78  # of a route that -g or -n asked for: later runs for other devices keep it
+OURS = (PROTOCOL, GIVEN)
+# The interface group of the devices that are served; people give small numbers by hand.
+GROUP = 7700
+
+# Priorities of our rules. They stand behind strongSwan's (220) and Tailscale's (5210 to 5270),
+# because a VPN goes first, and before main's own (32766).
+NO_ENI = 20000
+DETOUR = 20010
+LIVE = 20020
+FROM = 20030
+KEEP = 32698
+BACK = 32699
+SERVICES = 32700
+SPECIFIC = 32701
+DEFAULT = 32702
+FIRST_EDITION_FROM = 20001
+NOT_DEFAULT = "suppress_prefixlength 0"
+
+MAIN = 254
+LOCAL = 255
+KERNEL_TABLES = (0, 253, MAIN, LOCAL)  # the first two are unspec and default
+ETH_TABLES = range(100, 253)  # eth0 to eth152, because eth153 would have the kernel's 253
 FREE_TABLES = 1000  # and up
+LARGEST_TABLE = 2**32 - 1
+
+# IMDS, the DNS resolver and the clock of a VPC (User Guide, "Link-local addresses").
 VPC_SERVICES = {4: "169.254.0.0/16", 6: "fd00:ec2::/32"}
 VPC_ROUTER = "fe80:ec2::1"  # a VPC's IPv6 router has this address in every subnet
-METRIC = {4: 0, 6: 1024}  # what the kernel gives a route that states none
+
 # The kernel allows more in a name, but `ip -batch` reads quotes, comments and white space.
-NAME, NAME_LENGTH = re.compile(r"(?!(all|default)$)[A-Za-z0-9_][A-Za-z0-9_.-]*"), 15  # IFNAMSIZ - 1
+NAME = re.compile(r"(?!(all|default)$)[A-Za-z0-9_][A-Za-z0-9_.-]*")
+PLAIN_WORD = re.compile(r"[\w.:/-]+", re.ASCII)
+LONGEST_DEVICE = 15  # IFNAMSIZ - 1
+LONGEST_TABLE = 64
 NAME_DIRECTORY = "/etc/iproute2/rt_tables.d"
 RT_TABLES = ("/usr/share/iproute2/rt_tables", "/etc/iproute2/rt_tables", f"{NAME_DIRECTORY}/*.conf")
-LOCK, LOCK_SECONDS = "/run/add_routes.lock", 30  # a run takes a tenth of a second
+
+LOCK = "/run/add_routes.lock"
+LOCK_SECONDS = 30  # a run takes a tenth of a second
+WATCH_LOCK = "/run/add_routes.watch.lock"
 IP_SECONDS = 10
-# What `ip` says when another program, or the loss of the device, was faster.
-ALREADY = re.compile("File exists|No such (file|process)|(route del|group 0).*Cannot find device")
+MISREAD = 255  # the exit code of `ip` for a word that it does not know
+LOOKS = 4  # where `ip` refuses a step, the host has changed meanwhile: look again so often
+
+# What --watch hears: links, addresses, routes, rules and nexthop objects
+# (linux/rtnetlink.h, RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE and so on).
+HEARD_GROUPS = (1, 5, 7, 8, 9, 11, 19, 32)
+QUIET_SECONDS = 0.2
+STORM_SECONDS = 2.0  # without a quiet moment, it looks after this time
+STORM_REST = 4  # in a storm, it rests this many times as long as it has worked
+LONGEST_REST = 10.0
+RETRY_SECONDS = 30.0  # after a run that failed
+# Another program is fighting us when it undid the same step so often within this time.
+FIGHT_REPEATS = 5
+FIGHT_SECONDS = 60.0
+SLOWEST_FIGHT = 30.0
+
+# Words of `ip route show` that are a route's state, or that a copy gets anew.
+STATE_WITH_VALUE = {"proto", "table", "nhid", "expires", "error", "age", "users", "used"}
+STATE = {"dead", "linkdown", "pervasive", "unresolved", "notify", "offload", "trap"}
+STATE |= {"rt_offload", "rt_trap", "offload_failed", "rt_offload_failed"}
+ROUTER_PREFERENCE = {"high": 0, "medium": 1, "low": 2}  # RFC 4191
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Failure(Exception):
     """One line for the user; exit code 1."""
 
 
-class Rule(NamedTuple):  # not a dataclass: importing those costs 9 ms, a quarter of a run
-    family: int
-    priority: int
-    source: str
-    table: int
+class Misread(Failure):
+    """`ip` did not understand a line, ended, and did not say which line it was."""
 
-    def words(self, verb: str) -> str:
-        to = f" to {VPC_SERVICES[self.family]}" if self.priority == SERVICES else ""
-        table = "main" if self.table == MAIN else self.table
-        words = f"rule {verb} pref {self.priority} from {self.source}{to} lookup {table}"
-        return f"{words}{SUPPRESS.get(self.priority, '')} protocol {PROTOCOL}"
+
+class Wish(NamedTuple):  # not a dataclass: importing those costs 9 ms, a fifth of a run
+    """What the command line asks for."""
+
+    device: str = ""  # must be served, or the run fails
+    remove: str = ""  # a device or an alias
+    patterns: tuple[str, ...] = ()  # --watch serves the devices that match
+    hardware: bool = False  # --watch serves all hardware devices
+    default: str = ""  # the device for --default
+    gateway: IPAddress | None = None
+    network: Network | None = None
+    table: str = ""
+
+
+class Address(NamedTuple):
+    text: str  # as `ip` prints it
+    network: Network
+    label: str = ""  # the alias that it belongs to, or the device's name
+    dynamic: bool = False  # by DHCP or a router advertisement
+    tentative: bool = False  # the kernel still looks for a duplicate
+
+    @property
+    def ip(self) -> IPAddress:
+        return ipaddress.ip_address(self.text)
+
+
+class Device(NamedTuple):
+    group: int = 0
+    is_up: bool = True
+    is_ethernet: bool = True
+    is_hardware: bool = False
+    addresses: tuple[Address, ...] = ()
+
+    def addresses_of(self, family: int) -> list[Address]:
+        return [address for address in self.addresses if address.network.version == family]
 
 
 class Route(NamedTuple):
+    """A line of `ip route show`, without its state."""
+
     family: int
     table: int
     destination: str
-    metric: int  # no two routes agree in all up to here
-    device: str
-    gateway: str = ""
-    source: str = ""
-    onlink: bool = False
+    words: tuple[str, ...]  # all that follows the destination, as `ip` prints it
+    protocol: int = PROTOCOL
+    # Whether a packet leaves by it (it is no blackhole, say), and `ip` can read it again.
+    is_usable: bool = True
+
+    @property
+    def network(self) -> Network:
+        everything = {4: "0.0.0.0/0", 6: "::/0"}[self.family]
+        text = everything if self.destination == "default" else self.destination
+        return ipaddress.ip_network(text)
+
+    @property
+    def devices(self) -> set[str]:
+        """Several for a multipath route."""
+        return {name for word, name in zip(self.words, self.words[1:]) if word == "dev"}
+
+    @property
+    def metric(self) -> int:
+        return int(value_of("metric", self.words) or 0)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Of the routes to one destination, the kernel takes that of the lowest rank."""
+        preference = value_of("pref", self.words)
+        return self.metric, ROUTER_PREFERENCE.get(preference, ROUTER_PREFERENCE["medium"])
+
+    @property
+    def key(self) -> tuple[int, int, str, int, str, str]:
+        """The kernel keeps one route of a key."""
+        source, tos = value_of("from", self.words), value_of("tos", self.words)
+        return self.family, self.table, self.destination, self.metric, source, tos
+
+    def command(self, verb: str) -> str:
+        # `ip` prints this lock, and does not read it.
+        words = " ".join(self.words).replace("rto_min lock", "rto_min")
+        # It reads nothing but next hops behind the first one.
+        before, nexthop, hops = words.partition("nexthop")
+        ours = f"table {self.table} protocol {self.protocol}"
+        parts = ["route", verb, self.destination, before, ours, nexthop, hops]
+        return " ".join(part.strip() for part in parts if part)
+
+
+class Rule(NamedTuple):
+    """A line of `ip rule`."""
+
+    family: int
+    priority: int
+    text: str  # what follows the priority, without the protocol
     protocol: int = PROTOCOL
 
-    def words(self, verb: str) -> str:
-        words = f"route {verb} {self.destination}{f' via {self.gateway}' if self.gateway else ''}"
-        words += f" dev {self.device}" + (f" src {self.source}" if self.source else "")
-        words += (f" metric {self.metric}" if self.metric else "") + " onlink" * self.onlink
-        return f"{words} table {self.table} protocol {self.protocol}"
+    @property
+    def table(self) -> int:
+        number = value_of("lookup", self.text.split())
+        return int(number) if number.isdecimal() else 0
+
+    def command(self, verb: str) -> str:
+        text = re.sub(rf"lookup {MAIN}\b", "lookup main", self.text)
+        return f"rule {verb} pref {self.priority} {text} protocol {self.protocol}"
 
 
 class Host(NamedTuple):
     """What the kernel and the rt_tables files say."""
 
-    groups: dict[str, int]  # every device's interface group; its addresses fit to be a source
-    addresses: dict[str, list[ipaddress.IPv4Interface | ipaddress.IPv6Interface]]
-    rules: list[Rule]  # ours
-    routes: list[Route]  # everybody's
-    tables: set[int]  # of everybody's rules and routes
+    devices: dict[str, Device]
+    rules: list[Rule]  # everybody's
+    routes: list[Route]  # everybody's but those of the kernel's table local
     names: dict[str, int]  # of tables
     families: tuple[int, ...] = (4, 6)
 
+    def main_routes(self, family: int) -> list[Route]:
+        """Those that a packet can leave by."""
+        found = []
+        for route in self.routes:
+            if route.table == MAIN and route.family == family and route.is_usable:
+                found.append(route)
+        return found
+
 
 class Step(NamedTuple):
+    """A command of `ip -FAMILY`, and the one that takes it back."""
+
     family: int
     do: str
     undo: str
+    is_needed: bool = True  # else the run goes on without it
 
 
-def owner(host: Host, device: str, table: int) -> str:
-    """The device that a table belongs to; empty when nothing says."""
+class Plan(NamedTuple):
+    steps: list[Step]
+    tables: dict[str, int]  # of devices
+    complaints: list[str]  # devices that cannot be served, and why
+
+
+class Result(NamedTuple):
+    done: list[Step]
+    complaints: list[str]
+    is_whole: bool  # else it is worth trying again
+
+
+# --- the verbs ---
+
+
+def serve(wish: Wish, verbose: bool, keep_going: bool = False) -> Result:
+    """Look at the host and make it right; raises Failure, OSError.
+
+    `ip` may refuse a step because another program, or the loss of a device, was faster. So a
+    refusal counts only when a new look asks for the same again."""
+    done: list[Step] = []
+    refused: dict[str, str] = {}
+    with locked():
+        try:
+            for _ in range(LOOKS):
+                host = read_host()
+                plan = make_plan(host, wish)
+                refused_before = refused
+                refused = apply(plan.steps, done, verbose)
+                if not refused or refused == refused_before:
+                    break
+            if not keep_going:
+                check_needed(plan.steps, refused)
+        except Failure:
+            if not keep_going:
+                take_back(done, verbose)
+            raise
+        complaints = [*plan.complaints, *write_names(host, wish, plan.tables)]
+    return Result(done, [*complaints, *refused.values()], is_whole=not refused)
+
+
+def check_needed(steps: list[Step], refused: dict[str, str]) -> None:
+    for step in steps:
+        if step.is_needed and step.do in refused:
+            raise Failure(refused[step.do])
+
+
+def rehearse(wish: Wish) -> None:
+    """--dry-run: print the commands."""
+    plan = make_plan(read_host(), wish)
+    for step in plan.steps:
+        print(f"ip -{step.family} {step.do}")
+    if not plan.steps:
+        print("nothing to change")
+    for complaint in plan.complaints:
+        say(complaint)
+
+
+def watch(wish: Wish, verbose: bool) -> NoReturn:
+    """Serve at once, and again after each change, until SIGTERM. What is made stays."""
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    with watch_lock():
+        bell = open_bell()  # before the first look, so that no change is missed
+        fight = Fight()
+        said = ""
+        while True:
+            silence(bell)
+            started = time.monotonic()
+            result = serve_and_say(wish, verbose)
+            complaints = "; ".join(result.complaints)
+            if complaints and complaints != said:
+                say(complaints)
+            said = complaints
+            fight.note(result.done)
+            time.sleep(fight.pause())
+            patience = None if result.is_whole else RETRY_SECONDS
+            await_change(bell, time.monotonic() - started, patience)
+
+
+def serve_and_say(wish: Wish, verbose: bool) -> Result:
+    """For --watch: one line where something was changed, and no end."""
+    try:
+        result = serve(wish, verbose, keep_going=True)
+    except (Failure, OSError) as error:
+        return Result([], [error_text(error)], is_whole=False)
+    if result.done:
+        first = result.done[0]
+        say(f"{len(result.done)} changes: ip -{first.family} {first.do} …")
+    return result
+
+
+def end(*_: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+# --- deciding: from what is to what is wanted; nothing here acts ---
+
+
+def make_plan(host: Host, wish: Wish) -> Plan:
+    """The steps from what is to what is wanted; raises Failure."""
+    host = without_addresses(host, wish.remove)
+    served, complaints = devices_to_serve(host, wish)
+    idle = idle_devices(host, served, wish.remove)
+    tables = choose_tables(host, wish, served + idle)
+    default = default_device(host, wish, tables)
+    if wish.remove and len(served) == 1 and main_devices(host).issuperset(served) and not default:
+        served = []  # only main's own device is left, which was there for the one that is removed
+
+    routes: list[Route] = []
+    rules: list[Rule] = []
+    for family in host.families:
+        present = [name for name in served if host.devices[name].addresses_of(family)]
+        if default or set(present) - {main_device(host, family)}:
+            for name in present:
+                routes += plan_table(host, wish, family, name, present, tables[name])
+            rules += plan_rules(host, family, present, tables)
+        if default:
+            rules += plan_default_rules(host, family, default, present, tables)
+
+    members = set(idle)
+    if rules:
+        members.update(served)
+        # Even where nobody serves it any more, the others' packets must not leave by it.
+        members.update(own for own in main_devices(host) if host.devices[own].group == GROUP)
+    steps = plan_groups(host, members) + plan_changes(host, wish, routes, rules)
+    # One `ip` does all steps of a family.
+    steps.sort(key=lambda step: step.family)
+    return Plan(steps, tables if rules else {}, complaints)
+
+
+def idle_devices(host: Host, served: list[str], removed: str) -> list[str]:
+    """Devices of our group that cannot be served at the moment, because they have no address,
+    say. They stay in the group, so that later runs serve them again."""
+    idle = []
+    for name, device in sorted(host.devices.items()):
+        if device.group == GROUP and name not in served and name != removed:
+            idle.append(name)
+    return idle
+
+
+def without_addresses(host: Host, removed: str) -> Host:
+    """The host as if the device or the alias had no address. An alias is a label of addresses."""
+    if not removed:
+        return host
+    devices = dict(host.devices)
+    for name, device in devices.items():
+        kept = [a for a in device.addresses if removed not in (name, a.label)]
+        devices[name] = device._replace(addresses=tuple(kept))
+    return host._replace(devices=devices)
+
+
+def devices_to_serve(host: Host, wish: Wish) -> tuple[list[str], list[str]]:
+    """Their names, and for each one that cannot be served the reason."""
+    if wish.device and wish.device not in host.devices:
+        raise Failure(f"no device named {wish.device}; expected one that `ip link` lists")
+    served, complaints = [], []
+    for name, device in sorted(host.devices.items()):
+        if name == wish.device:
+            check_device(host, wish, name)
+            served.append(name)
+        elif is_asked_for(host, wish, name) and device.addresses and device.is_up:
+            try:
+                check_device(host, wish, name)
+                served.append(name)
+            except Failure as error:
+                complaints.append(str(error))
+    return served, complaints
+
+
+def is_asked_for(host: Host, wish: Wish, name: str) -> bool:
+    """By an earlier run, by --watch, or by a default route of main's. A run with -r serves none
+    anew, so that one for each device leaves nothing."""
+    device = host.devices[name]
+    if device.group == GROUP:
+        return True
+    if wish.remove or name == "lo":
+        return False
+    if wish.hardware and device.is_hardware:
+        return True
+    matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in wish.patterns)
+    return matches or name in devices_of_default_routes(host)
+
+
+def check_device(host: Host, wish: Wish, name: str) -> None:
+    """Raises Failure where the device cannot be served."""
+    device = host.devices[name]
+    check_name(name, "device", LONGEST_DEVICE)
+    if device.group not in (0, GROUP):
+        raise Failure(f"{name} is in interface group {device.group}; expected none or {GROUP}")
+    if not device.addresses:
+        raise Failure(f"{name} has no address; expected a global one, IPv4 or IPv6")
+    if not device.is_up:
+        raise Failure(f"{name} is down; expected it up")
+    for family in host.families:
+        if device.addresses_of(family):
+            default_route(host, wish, family, name, MAIN)
+
+
+def devices_of_default_routes(host: Host) -> set[str]:
+    """Main may send by each of them, so each needs its rules."""
+    found = set()
+    for family in host.families:
+        for route in host.main_routes(family):
+            if route.destination == "default":
+                found |= ethernet_devices(host, route)
+    return found
+
+
+def ethernet_devices(host: Host, route: Route) -> set[str]:
+    """An ENI is an Ethernet device; a tunnel, by which a route may lead too, is none."""
+    return {name for name in route.devices if name in host.devices and is_ethernet(host, name)}
+
+
+def is_ethernet(host: Host, name: str) -> bool:
+    return host.devices[name].is_ethernet
+
+
+def main_device(host: Host, family: int) -> str:
+    """Main's own device: that of its best default route; empty where there is none."""
+    defaults = []
+    for route in host.main_routes(family):
+        if route.destination == "default" and ethernet_devices(host, route):
+            defaults.append(route)
+    if not defaults:
+        return ""
+    best = min(defaults, key=lambda route: route.rank)
+    devices = ethernet_devices(host, best)
+    return next(name for name in best.words if name in devices)
+
+
+def main_devices(host: Host) -> set[str]:
+    """Main's own devices of all families; often it is one."""
+    return {main_device(host, family) for family in host.families} - {""}
+
+
+def default_device(host: Host, wish: Wish, tables: dict[str, int]) -> str:
+    """The device for --default: the one asked for, else the one of an earlier run."""
+    if wish.default:
+        return wish.default if wish.default in tables else ""
+    for rule in host.rules:
+        if rule.protocol == PROTOCOL and rule.priority == DEFAULT:
+            for name, table in tables.items():
+                # A run for the same device without --default ends it.
+                if table == rule.table and name != wish.device:
+                    return name
+    return ""
+
+
+# --- deciding: tables ---
+
+
+def plan_table(
+    host: Host, wish: Wish, family: int, name: str, present: list[str], table: int
+) -> list[Route]:
+    """All routes of the device's table; those that lead to a gateway come last."""
+    given = given_routes(host, wish, family, name, table)
+    default = default_route(host, wish, family, name, table)
+    own = []
+    for route in host.main_routes(family):
+        if name in route.devices and route.destination != "default":
+            own.append(route._replace(words=part_by(route, name)))
+    if name == main_device(host, family):
+        rivals = set(present) - {name}
+        own = plan_detours(host, family, rivals, own, default)
+
+    links = [route.network for route in given if route.destination != "default"]
+    routes: dict[tuple[Any, ...], Route] = {}
+    for route in sorted(own, key=lambda route: route.rank):
+        copy = Route(family, table, route.destination, usable_words(host, name, route))
+        if not any(copy.network.overlaps(link) for link in links):
+            routes.setdefault(copy.key, copy)
+    for route in [*given, default]:
+        routes[route.key] = route
+    return sorted(routes.values(), key=lambda route: "via" in route.words)
+
+
+def plan_detours(
+    host: Host, family: int, rivals: set[str], own: list[Route], default: Route
+) -> list[Route]:
+    """What the table of main's own device needs, because main would leave by a rival there."""
+    disputed = {}
+    for route in host.main_routes(family):
+        if route.destination != "default" and not rivals.isdisjoint(route.devices):
+            disputed[route.destination] = route.network
+    kept = []
+    for route in own:
+        if any(is_inside(route.network, network) for network in disputed.values()):
+            kept.append(route)
+    settled = {route.destination for route in kept}
+    for destination in disputed:
+        if destination not in settled:
+            kept.append(default._replace(destination=destination))
+    return kept
+
+
+def is_inside(inner: Network, outer: Network) -> bool:
+    return inner.prefixlen >= outer.prefixlen and inner.network_address in outer
+
+
+def part_by(route: Route, name: str) -> tuple[str, ...]:
+    """The words of a route as far as it leaves by this device."""
+    if route.devices == {name}:
+        return route.words
+    common: list[str] = []
+    hops: list[list[str]] = []
+    for word in route.words:
+        if word == "nexthop":
+            hops.append([])
+        elif hops:
+            hops[-1].append(word)
+        else:
+            common.append(word)
+    own = [hop for hop in hops if value_of("dev", hop) == name]
+    if len(own) == 1:  # a single hop has no weight, and comes first in what `ip` prints
+        hop = own[0]
+        if "weight" in hop:
+            at = hop.index("weight")
+            del hop[at : at + 2]
+        return tuple(hop + common)
+    for hop in own:
+        common += ["nexthop", *hop]
+    return tuple(common)
+
+
+def usable_words(host: Host, name: str, route: Route) -> tuple[str, ...]:
+    """The kernel refuses a tentative IPv6 address as a route's source."""
+    source = value_of("src", route.words)
+    for address in host.devices[name].addresses:
+        if address.tentative and address.text == source:
+            at = route.words.index("src")
+            return route.words[:at] + route.words[at + 2 :]
+    return route.words
+
+
+def default_route(host: Host, wish: Wish, family: int, name: str, table: int) -> Route:
+    """As -g or -n says; else main's default route by the device; else by the subnet's gateway."""
+    for route in given_routes(host, wish, family, name, table):
+        if route.destination == "default":
+            return route
+    known = []
+    for route in host.main_routes(family):
+        if route.destination == "default" and name in route.devices:
+            known.append(route)
+    if known:
+        best = min(known, key=lambda route: route.rank)
+        best = best._replace(words=part_by(best, name))
+        words = without_metric(family, usable_words(host, name, best))
+    elif family == 6:
+        words = ("via", VPC_ROUTER, "dev", name, "metric", "1024")
+    else:
+        words = ("via", str(subnet_gateway(host, name)), "dev", name)
+    return Route(family, table, "default", words)
+
+
+def without_metric(family: int, words: tuple[str, ...]) -> tuple[str, ...]:
+    """With the metric that the kernel gives a route that states none."""
+    kept = list(words)
+    if "metric" in kept:
+        at = kept.index("metric")
+        if family == 6:
+            kept[at + 1] = "1024"
+        else:
+            del kept[at : at + 2]
+    return tuple(kept)
+
+
+def subnet_gateway(host: Host, name: str) -> IPAddress:
+    """In IPv4, a VPC's router has the first address of each subnet."""
+    addresses = host.devices[name].addresses_of(4)
+    for address in sorted(addresses, key=lambda address: not address.dynamic):
+        for network in [address.network, *link_networks(host, 4, name)]:
+            gateway = network.network_address + 1
+            if network.prefixlen < 31 and address.ip in network and address.ip != gateway:
+                return gateway
+    has = f"{addresses[0].text}/{addresses[0].network.prefixlen}"
+    raise Failure(f"{name} has {has} and no gateway; expected -g or -n")
+
+
+def link_networks(host: Host, family: int, name: str) -> list[Network]:
+    """The networks that are reached on the device's link without a gateway."""
+    networks = []
+    for address in host.devices[name].addresses_of(family):
+        if address.network.num_addresses > 1:
+            networks.append(address.network)
+    for route in host.main_routes(family):
+        is_default = route.destination == "default"
+        if name in route.devices and "via" not in route.words and not is_default:
+            networks.append(route.network)
+    return networks
+
+
+def given_routes(host: Host, wish: Wish, family: int, name: str, table: int) -> list[Route]:
+    """What -n and -g ask for; for another device than the run's, what they once asked for."""
+    if name == wish.device:
+        return asked_routes(host, wish, family, table)
+    kept = []
     for route in host.routes:
-        if route.table == table and route.protocol == PROTOCOL:
-            return route.device
-    for name, number in host.names.items():
-        if number == table and (name == device or name in host.groups):
-            return name
-    return f"eth{table - ETH_TABLES.start}" if table in ETH_TABLES else ""
+        if route.family == family and route.protocol == GIVEN and name in route.devices:
+            kept.append(route._replace(table=table))
+    return kept
 
 
-def choose_table(host: Host, device: str, wanted: str = "") -> int:
-    known = host.tables | set(host.names.values())
-    others = {table for table in known if owner(host, device, table) in {*host.groups} - {device}}
+def asked_routes(host: Host, wish: Wish, family: int, table: int) -> list[Route]:
+    name = wish.device
+    network = wish.network if wish.network and wish.network.version == family else None
+    gateway = wish.gateway if wish.gateway and wish.gateway.version == family else None
+    metric = ("metric", "1024") if family == 6 else ()
+    routes = []
+    if network:
+        routes.append(asked_link(host, name, network, table))
+        if not gateway:
+            router = ipaddress.ip_address(VPC_ROUTER)
+            gateway = network.network_address + 1 if family == 4 else router
+    if gateway:
+        check_gateway(host, name, gateway, network)
+        is_on_link = not network and not link_networks(host, family, name)
+        onlink = ("onlink",) if is_on_link else ()
+        words = ("via", str(gateway), "dev", name, *metric, *onlink)
+        routes.append(Route(family, table, "default", words, GIVEN))
+    return routes
+
+
+def asked_link(host: Host, name: str, network: Network, table: int) -> Route:
+    """The route to the network that -n names, as `ip route show` prints it afterwards."""
+    source = address_in(host, name, network)
+    words: tuple[str, ...] = ("dev", name, "scope", "253", "src", source)
+    if network.version == 6:
+        words = ("dev", name, "metric", "1024")
+    return Route(network.version, table, str(network), words, GIVEN)
+
+
+def address_in(host: Host, name: str, network: Network) -> str:
+    addresses = host.devices[name].addresses_of(network.version)
+    for address in addresses:
+        if address.ip in network:
+            return address.text
+    has = addresses[0].text if addresses else "none"
+    raise Failure(f"{name} has {has}; expected an address in {network}")
+
+
+def check_gateway(host: Host, name: str, gateway: IPAddress, network: Network | None) -> None:
+    if any(address.ip == gateway for address in host.devices[name].addresses):
+        raise Failure(f"gateway {gateway} is {name}'s own address; expected another by -g")
+    networks = [network] if network else link_networks(host, gateway.version, name)
+    reached = not networks or gateway.is_link_local or any(gateway in net for net in networks)
+    if not reached:
+        inside = " or ".join(map(str, networks))
+        raise Failure(f"gateway {gateway} of {name} is outside; expected one in {inside}")
+
+
+# --- deciding: rules ---
+
+
+def plan_rules(host: Host, family: int, present: list[str], tables: dict[str, int]) -> list[Rule]:
+    no_eni = f"from all lookup {MAIN} {NOT_DEFAULT} suppress_ifgroup {GROUP}"
+    rules = [Rule(family, NO_ENI, no_eni)]
+    own = main_device(host, family)
+    for name in present:
+        for address in host.devices[name].addresses_of(family):
+            source = f"from {address.text} lookup"
+            if name == own:
+                rules.append(Rule(family, DETOUR, f"{source} {tables[name]} {NOT_DEFAULT}"))
+                rules.append(Rule(family, LIVE, f"{source} {MAIN} {NOT_DEFAULT}"))
+            rules.append(Rule(family, FROM, f"{source} {tables[name]}"))
+    return rules
+
+
+def plan_default_rules(
+    host: Host, family: int, default: str, present: list[str], tables: dict[str, int]
+) -> list[Rule]:
+    table = tables[default]
+    rules = []
+    own = main_device(host, family)
+    if own in present and own != default:
+        for address in host.devices[own].addresses_of(family):
+            rules.append(Rule(family, KEEP, f"from {address.text} lookup {MAIN}"))
+    services = VPC_SERVICES[family]
+    rules.append(Rule(family, BACK, f"from all iif {default} lookup {table}"))
+    rules.append(Rule(family, SERVICES, f"from all to {services} lookup {MAIN}"))
+    rules.append(Rule(family, SPECIFIC, f"from all lookup {MAIN} {NOT_DEFAULT}"))
+    rules.append(Rule(family, DEFAULT, f"from all lookup {table}"))
+    return rules
+
+
+# --- deciding: the numbers of the tables ---
+
+
+def choose_tables(host: Host, wish: Wish, devices: list[str]) -> dict[str, int]:
+    """A number for each device, of a table that nobody else uses."""
+    current = {name: current_table(host, name) for name in devices}
+    tables: dict[str, int] = {}
+    for name in devices:
+        taken = filled_tables(host) | set(tables.values())
+        taken.update(table for other, table in current.items() if other != name)
+        wanted = wish.table if name == wish.device else ""
+        tables[name] = choose_table(host, name, wanted, current[name], taken)
+    return tables
+
+
+def filled_tables(host: Host) -> set[int]:
+    """The tables that hold a route of somebody else's."""
+    found = set(KERNEL_TABLES)
+    for route in host.routes:
+        if route.protocol not in OURS:
+            found.add(route.table)
+    return found
+
+
+def tables_of_others_rules(host: Host) -> set[int]:
+    """They may lead to a table of ours, as README's rule for published ports does. But a table
+    that is not ours yet is theirs."""
+    return {rule.table for rule in host.rules if rule.protocol != PROTOCOL}
+
+
+def current_table(host: Host, name: str) -> int:
+    """The table that earlier runs chose for the device; 0 where there is none."""
+    for route in host.routes:
+        if route.protocol in OURS and name in route.devices:
+            return route.table
+    selectors = [f"from {address.text}" for address in host.devices[name].addresses]
+    selectors.append(f"from all iif {name}")
+    for rule in host.rules:
+        selector = rule.text.partition(" lookup ")[0]
+        is_ours = rule.protocol == PROTOCOL and rule.priority in (FROM, FIRST_EDITION_FROM, BACK)
+        if is_ours and selector in selectors:
+            return rule.table
+    return 0
+
+
+def choose_table(host: Host, name: str, wanted: str, current: int, taken: set[int]) -> int:
+    """The table asked for; else the one of earlier runs, or of that name; else a free one."""
+    taken_or_led_to = taken | tables_of_others_rules(host)
     if wanted in host.names or wanted.isdecimal():
         table = host.names[wanted] if wanted in host.names else int(wanted)
-        if table in others or table in KERNEL_TABLES or table >= 2**32:
-            raise Failure(f"table {wanted} is not to be had; expected one for {device} alone")
+        others = taken if table == current else taken_or_led_to
+        if table > LARGEST_TABLE or not is_free(host, name, table, others):
+            raise Failure(f"table {wanted} is reserved or somebody else's; choose another with -t")
         return table
-    found = [host.names.get(device, 0)]
-    found += [r.table for r in host.routes if (r.protocol, r.device) == (PROTOCOL, device)]
-    if re.fullmatch(r"eth(0|[1-9][0-9]*)", device):
-        table = ETH_TABLES.start + int(device[3:])
-        found += [table] if table in ETH_TABLES and table not in host.names.values() else []
-    found = [table for table in found if table not in others and table not in KERNEL_TABLES]
-    return found[0] if found else next(n for n in itertools.count(FREE_TABLES) if n not in known)
+    for table in (current, host.names.get(name, 0)):
+        if is_free(host, name, table, taken):
+            return table
+    if is_free(host, name, eth_table(host, name), taken_or_led_to):
+        return eth_table(host, name)
+    taken_or_led_to.update(host.names.values())
+    return next(table for table in itertools.count(FREE_TABLES) if table not in taken_or_led_to)
 
 
-def plan_routes(host: Host, options: argparse.Namespace, family: int, table: int) -> list[Route]:
-    """All that the device's table is to hold, what a gateway is reached by first."""
-    device, gateway, given = options.device, options.gateway, options.network
-    own = [a for a in host.addresses.get(device, []) if a.version == family]
-    if not own:
-        return []
-    main = [r for r in host.routes if (r.family, r.table, r.device) == (family, MAIN, device)]
-    known = [r for r in main if r.destination != "default"]
-    on_link = {ipaddress.ip_network(r.destination): r.source for r in known if not r.gateway}
-    on_link.update({a.network: str(a.ip) for a in own[::-1] if a.network.num_addresses > 1})
-    home = next((net for net in on_link if own[0].ip in net), None)
-    if given and given.version == family:
-        if own[0].ip not in given:
-            raise Failure(f"{device} has {own[0].ip}; expected an address in {given}")
-        others = {net: source for net, source in on_link.items() if not given.overlaps(net)}
-        home, on_link = given, {given: str(own[0].ip), **others}
-    if gateway and gateway.version == family:
-        if on_link and not gateway.is_link_local and not any(gateway in net for net in on_link):
-            inside = " or ".join(map(str, on_link))
-            raise Failure(f"gateway {gateway} of {device} is outside; expected one in {inside}")
-    elif family == 6:
-        learnt = sorted((r.metric, r.gateway) for r in main if r not in known and r.gateway)
-        gateway = ipaddress.ip_address(learnt[0][1] if learnt else VPC_ROUTER)
-    elif not home:
-        raise Failure(f"{device} has {own[0]} and no subnet; expected -g or -n")
-    else:
-        gateway = home[1]
-    if gateway in [a.ip for a in own]:  # the kernel takes it, in a table of ours
-        raise Failure(f"gateway {gateway} is {device}'s own address; expected another by -g")
-    # The kernel refuses a tentative IPv6 address as a route's source, and `up` mostly finds it so.
-    sources = {str(net): source if family == 4 else "" for net, source in on_link.items()}
-    metric = METRIC[family]
-    return [
-        *(Route(family, table, net, metric, device, "", src) for net, src in sources.items()),
-        *(r._replace(table=table, source="", protocol=PROTOCOL) for r in known if r.gateway),
-        Route(family, table, "default", metric, device, str(gateway), "", not on_link),
-    ]
+def is_free(host: Host, name: str, table: int, taken: set[int]) -> bool:
+    """Whether the table is neither taken nor named after another device."""
+    for label, number in host.names.items():
+        if number == table and label != name and label in host.devices:
+            return False
+    return table not in taken
 
 
-def plan_rules(host: Host, options: argparse.Namespace, table: int) -> list[Rule]:
-    """All rules of ours that are to be, those of other devices included."""
-    own = host.addresses.get(options.device, [])
-    # A table that nobody owns was that of a device which is gone.
-    mine = (options.device, "") if options.remove else (options.device,)
-    gone = {r.table for r in host.rules if owner(host, options.device, r.table) in mine}
-    rules = [r for r in host.rules if r.priority in (FROM, DEFAULT) and r.table not in gone]
-    rules = [r for r in rules if r.source not in [str(a.ip) for a in own]]
-    if not options.remove:
-        rules += [Rule(a.version, FROM, str(a.ip), table) for a in own]
-    for family in host.families:
-        if options.default and not options.remove and family in [a.version for a in own]:
-            rules = [r for r in rules if r[:2] != (family, DEFAULT)]
-            rules.append(Rule(family, DEFAULT, "all", table))
-        priorities = [r.priority for r in rules if r.family == family]
-        if FROM in priorities:
-            rules.append(Rule(family, MAIN_FIRST, "all", MAIN))
-        if DEFAULT in priorities:
-            rules.append(Rule(family, SERVICES, "all", MAIN))
-            rules.append(Rule(family, SPECIFIC, "all", MAIN))
-    return sorted(set(rules))
+def eth_table(host: Host, name: str) -> int:
+    """100+N for ethN, unless the number has a name; 0 where there is no such table."""
+    if not re.fullmatch("eth(0|[1-9][0-9]{0,2})", name):
+        return 0
+    table = ETH_TABLES.start + int(name[len("eth") :])
+    return table if table in ETH_TABLES and table not in host.names.values() else 0
 
 
-def plan(host: Host, options: argparse.Namespace, table: int = 0) -> list[Step]:
-    """The steps from what is to what is wanted.  Routes come before the rules that lead to them and
-    go after them: a packet in between meets the old way or the new one, never half a table."""
-    device, group = options.device, host.groups.get(options.device, 0)
-    join, leave = (f"link set dev {device} group {number}" for number in (GROUP, 0))
+# --- deciding: steps ---
+
+
+def plan_groups(host: Host, members: set[str]) -> list[Step]:
     steps = []
-    if not options.remove:
-        if device not in host.groups:
-            raise Failure(f"no device named {device}; expected one that `ip link` lists")
-        if group not in (0, GROUP):
-            raise Failure(f"{device} is in interface group {group}; expected none or {GROUP}")
-        if not host.addresses.get(device):
-            raise Failure(f"{device} has no address; expected a global one, IPv4 or IPv6")
-        steps += [] if group == GROUP else [Step(4, join, leave)]
-    rules = plan_rules(host, options, table)
-    theirs = {r[:4] for r in host.routes if r.protocol != PROTOCOL}
-    ours = [r for r in host.routes if (r.device, r.protocol) == (device, PROTOCOL)]
-    for family in host.families:
-        routes = [] if options.remove else plan_routes(host, options, family, table)
-        new = {r[:4]: r for r in routes if r[:4] not in theirs}
-        old = {r[:4]: r for r in ours if r.family == family}
-        for key, r in new.items():
-            if key not in old:
-                steps.append(Step(family, r.words("add"), r.words("del")))
-            elif r != old[key]:
-                steps.append(Step(family, r.words("replace"), old[key].words("replace")))
-        missing = [r for r in rules if r.family == family and r not in host.rules]
-        stale = sorted(r for r in host.rules if r.family == family and r not in rules)
-        gone: list[Rule | Route] = [*stale[::-1], *(r for k, r in old.items() if k not in new)]
-        steps += [Step(family, r.words("add"), r.words("del")) for r in missing]
-        steps += [Step(family, r.words("del"), r.words("add")) for r in gone]
-    return steps + [Step(host.families[-1], leave, join)] * (options.remove and group == GROUP)
+    for name, device in host.devices.items():
+        change = f"link set dev {name} group"
+        if name in members and device.group != GROUP:
+            steps.append(Step(4, f"{change} {GROUP}", f"{change} 0"))
+        if name not in members and device.group == GROUP:
+            steps.append(Step(4, f"{change} 0", f"{change} {GROUP}"))
+    return steps
 
 
-def ip(flags: str, lines: list[str], verbose: bool) -> tuple[str, dict[int, str]]:
-    """Run all lines by one `ip`: its output, and by a failed line's index what it said of it; the
-    index is beyond the last line where it does not say which line it was."""
+def plan_changes(host: Host, wish: Wish, routes: list[Route], rules: list[Rule]) -> list[Step]:
+    """From the rules and routes of ours to these. Routes come before the rules that lead to them,
+    and go after them: a packet in between meets the old way or the new one, never half a table."""
+    old_routes = {}
+    for route in host.routes:
+        if route.protocol in OURS and route.table != MAIN:
+            old_routes[route.key] = route
+    old_rules = [rule for rule in host.rules if rule.protocol == PROTOCOL]
+
+    steps = []
+    for route in routes:
+        steps += step_to(route, old_routes.pop(route.key, None), wish)
+    for rule in rules:
+        if rule not in old_rules:
+            steps.append(Step(rule.family, rule.command("add"), rule.command("del")))
+    for rule in reversed(old_rules):
+        if rule not in rules:
+            steps.append(Step(rule.family, rule.command("del"), rule.command("add")))
+    for route in old_routes.values():
+        steps.append(Step(route.family, route.command("del"), route.command("add")))
+    return steps
+
+
+def step_to(route: Route, old: Route | None, wish: Wish) -> list[Step]:
+    """None or one. The run for a device fails without its default route and what -n says; a copy
+    of a route may be more than `ip` understands."""
+    is_default = route.destination == "default" or route.protocol == GIVEN
+    is_needed = is_default and wish.device in route.devices
+    if old is None:
+        return [Step(route.family, route.command("add"), route.command("del"), is_needed)]
+    if old != route:
+        do, undo = route.command("replace"), old.command("replace")
+        return [Step(route.family, do, undo, is_needed)]
+    return []
+
+
+# --- acting ---
+
+
+def apply(steps: list[Step], done: list[Step], verbose: bool) -> dict[str, str]:
+    """Do the steps, and add them to done: by command what `ip` said of each that it refused."""
+    refused = {}
+    for family, group in itertools.groupby(steps, key=lambda step: step.family):
+        batch = list(group)
+        done += batch
+        commands = [step.do for step in batch]
+        try:
+            _, errors = ip(f"-{family} -force", commands, verbose)
+        except Misread:
+            errors = one_by_one(f"-{family}", commands, verbose)
+        for number, error in errors.items():
+            refused[batch[number].do] = error
+            done.remove(batch[number])
+    return refused
+
+
+def one_by_one(flags: str, lines: list[str], verbose: bool) -> dict[int, str]:
+    """A line that `ip` does not understand spoils nothing but itself. Those that it has done by
+    now are refused; the next look finds them done."""
+    errors = {}
+    for number, line in enumerate(lines):
+        try:
+            _, error = ip(flags, [line], verbose)
+            if error:
+                errors[number] = error[0]
+        except Misread as misread:
+            errors[number] = f"ip {flags} {line}: {misread}"
+    return errors
+
+
+def take_back(done: list[Step], verbose: bool) -> None:
+    for family, group in itertools.groupby(reversed(done), key=lambda step: step.family):
+        # What this cannot take back, the next run will.
+        with contextlib.suppress(Failure):
+            ip(f"-{family} -force", [step.undo for step in group], verbose)
+
+
+def ip(flags: str, lines: list[str], verbose: bool = False) -> tuple[str, dict[int, str]]:
+    """Run all lines by one `ip -batch`: its output, and what it said of each line that failed.
+    Raises Failure where it does not say which line that was."""
+    shown = f"ip {flags}".replace(" -force", "")
     if verbose:
-        print("\n".join(f"ip {flags} {line}" for line in lines), file=sys.stderr)
-    command, text = ["ip", *flags.split(), "-batch", "-"], "\n".join(lines) + "\n"
+        for line in lines:
+            print(f"{shown} {line}", file=sys.stderr)
+    command = ["ip", *flags.split(), "-batch", "-"]
+    text = "".join(f"{line}\n" for line in lines)
     try:
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, timeout=IP_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return "", {len(lines): f"{' '.join(command)}: no end after {IP_SECONDS} s"}
-    said = re.findall(r"(.*?)Command failed -:(\d+)", done.stderr, re.DOTALL)
-    if done.returncode and not said:
-        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        return "", {len(lines): f"{' '.join(command)}: {words}"}
-    failed = {int(number) - 1: " ".join(words.split()) for words, number in said}
-    return done.stdout, {n: f"ip {flags} {lines[n]}: {words}" for n, words in failed.items()}
+        raise Failure(f"{' '.join(command)}: no end after {IP_SECONDS} s") from None
+    errors = {}
+    for words, number in re.findall(r"(.*?)Command failed -:(\d+)", done.stderr, re.DOTALL):
+        line = lines[int(number) - 1]
+        errors[int(number) - 1] = f"{shown} {line}: {' '.join(words.split())}"
+    words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if done.returncode == MISREAD:
+        raise Misread(words)
+    if done.returncode and not errors:
+        raise Failure(f"{' '.join(command)}: {words}")
+    return done.stdout, errors
 
 
-def apply(steps: list[Step], verbose: bool) -> None:
-    """Do all the steps or none; raises Failure."""
-    done: list[Step] = []
-    while steps:
-        family = steps[0].family
-        batch = [step for step in steps if step.family == family]
-        _, failed = ip(f"-{family}", [step.do for step in batch], verbose)
-        line, error = next(iter(failed.items()), (len(batch), ""))  # `ip` stops at the first
-        done += batch[:line]
-        steps = batch[line + 1 :] + [step for step in steps if step.family != family]
-        if error and not ALREADY.search(error):
-            for version in (6, 4):
-                undo = [step.undo for step in done[::-1] if step.family == version]
-                left = ip(f"-{version} -force", undo, verbose)[1] if undo else {}
-                error += "".join(f"; {w}" for w in left.values() if not ALREADY.search(w))
-            raise Failure(error)
+# --- what the kernel and the rt_tables files say ---
 
 
-def plain(address: str) -> str:
-    """The address in the one way to write it; raises ValueError for any other text."""
-    return str(ipaddress.ip_address(address))
-
-
-def read_host(verbose: bool) -> Host:
-    """Ask `ip` once for each family; raises Failure, OSError."""
+def read_host() -> Host:
+    """Raises Failure, OSError."""
     # Without this file the kernel has no IPv6 (ipv6.disable=1), and `ip -6 rule` fails.
     families = (4, 6) if os.path.exists("/proc/net/if_inet6") else (4,)
-    host = Host({}, {}, [], [], set(), read_names(), families)
+    output = ask("-N -json", ["address show"])
+    try:
+        items = json.loads(output)
+    except ValueError:
+        raise Failure(f"`ip -json address show` says {output[:80]!r}; expected JSON") from None
+    host = Host(read_devices(items), [], [], read_names(), families)
     for family in families:
-        lines = ["link show", "address show", "rule show", "route show table all"]
-        output, failed = ip(f"-{family} -N -json", lines, verbose)
-        for error in failed.values():
-            raise Failure(error)
-        links, devices, rules, routes = map(json.loads, output.splitlines())
-        for link in links:
-            group = link["group"].replace("default", "0")
-            host.groups[link["ifname"]] = int(group) if group.isdecimal() else -1
-        for device, found in ((d, a) for d in devices for a in d.get("addr_info", [])):
-            unfit = found.keys() & {"deprecated", "temporary", "dadfailed"}
-            if found["scope"] in ("0", "global") and not unfit:
-                address = ipaddress.ip_interface(f"{found['local']}/{found['prefixlen']}")
-                host.addresses.setdefault(device["ifname"], []).append(address)
-        for found in rules:
-            table, priority = int(found.get("table", 0)), found["priority"]
-            host.tables.add(table)
-            if found.get("protocol") == str(PROTOCOL) and priority in PRIORITIES:
-                source = found["src"] if found["src"] == "all" else plain(found["src"])
-                host.rules.append(Rule(family, priority, source, table))
-        for found in routes:
-            table, to = int(found.get("table", MAIN)), found["dst"]
-            via = found.get("via") if family == 4 else None  # a next hop of IPv6, for IPv4
-            host.tables.add(table)
-            # One next hop and nothing special: not multipath, not encapsulated, not unreachable.
-            if "dev" in found and "encap" not in found and found.get("type", "1") == "1":
-                to = to if to == "default" else str(ipaddress.ip_network(to))
-                gateway = plain(found["gateway"]) if "gateway" in found else ""
-                gateway = f"inet6 {plain(via['host'])}" if via else gateway
-                onlink, protocol = "onlink" in found["flags"], int(found.get("protocol", 0))
-                source = plain(found["prefsrc"]) if "prefsrc" in found else ""
-                common = (int(found.get("metric", 0)), found["dev"], gateway, source)
-                host.routes.append(Route(family, table, to, *common, onlink, protocol))
+        lines = ask(f"-{family} -N -o", ["rule show", "route show table all"])
+        read_lines_of_ip(host, family, lines)
     return host
 
 
+def read_lines_of_ip(host: Host, family: int, lines: str) -> None:
+    """An odd line spoils nothing but itself."""
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError, LookupError, StopIteration):
+            read_line(host, family, line)
+
+
+def ask(flags: str, lines: list[str]) -> str:
+    output, errors = ip(flags, lines)
+    for error in errors.values():
+        raise Failure(error)
+    return output
+
+
+def read_devices(items: Any) -> dict[str, Device]:
+    """What `ip -json address show` says. An odd item spoils nothing but itself."""
+    devices = {}
+    for item in items if isinstance(items, list) else []:
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            name = checked_text(item["ifname"])
+            group = item["group"].replace("default", "0")
+            devices[name] = Device(
+                group=int(group) if group.isdecimal() else -1,
+                is_up="UP" in item["flags"],
+                # With -N, iproute2 6.1 says [1], which is ARPHRD_ETHER.
+                is_ethernet=item["link_type"] in ("ether", "[1]"),
+                is_hardware=os.path.exists(f"/sys/class/net/{name}/device"),
+                addresses=tuple(read_addresses(item.get("addr_info", []))),
+            )
+    return devices
+
+
+def read_addresses(items: list[Any]) -> Iterator[Address]:
+    """Those that a packet can have as its source."""
+    for item in items:
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            # A peer's network is not that of the address.
+            length = item["prefixlen"] if "address" not in item else None
+            local = checked_text(item["local"])
+            text = local if length is None else f"{local}/{length}"
+            network = ipaddress.ip_interface(text).network
+            if item["scope"] in ("0", "global") and "dadfailed" not in item:
+                label = item.get("label", "")
+                flags = "dynamic" in item, "tentative" in item
+                yield Address(local, network, label, *flags)
+
+
+def checked_text(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    raise TypeError
+
+
+def read_line(host: Host, family: int, line: str) -> None:
+    """A line of `ip rule` or of `ip route`."""
+    words = line.replace("\\", " ").split()  # with -o, a backslash is a line's end
+    if re.fullmatch(r"\d+:", words[0]):
+        host.rules.append(read_rule(family, words))
+    elif value_of("table", words) != str(LOCAL):
+        host.routes.append(read_route(family, words))
+
+
+def read_rule(family: int, words: list[str]) -> Rule:
+    priority, *words = words
+    protocol = 0
+    if words[-2] == "proto":
+        protocol = int(words[-1])
+        words = words[:-2]
+    text = " ".join(word for word in words if word != "[detached]")
+    return Rule(family, int(priority[:-1]), text, protocol)
+
+
+def read_route(family: int, words: list[str]) -> Route:
+    # With -N, `ip` prints the number of a type: blackhole is 6.
+    is_usable = words[0] == "default" or "." in words[0] or ":" in words[0]
+    if not is_usable:
+        words = words[1:]
+    table = int(value_of("table", words) or MAIN)
+    protocol = int(value_of("proto", words) or 0)
+    route = Route(family, table, words[0], without_state(words[1:]), protocol)
+    is_plain = all(PLAIN_WORD.fullmatch(word) for word in words)
+    if table == MAIN and is_usable and is_plain:
+        _ = route.network, route.rank  # raises ValueError for what is no route
+    return route._replace(is_usable=is_usable and is_plain)
+
+
+def without_state(words: list[str]) -> tuple[str, ...]:
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if word in STATE_WITH_VALUE:
+            next(rest)
+        elif word == "pref" and words[words.index("pref") + 1] == "medium":
+            next(rest)  # every IPv6 route has it, unless a router says otherwise
+        elif word not in STATE:
+            kept.append(word)
+    return tuple(kept)
+
+
+def value_of(key: str, words: Iterable[str]) -> str:
+    """The word after the key; empty where there is none. `via` may be followed by its family."""
+    rest = iter(words)
+    for word in rest:
+        if word == key:
+            return next(rest, "")
+    return ""
+
+
 def read_names() -> dict[str, int]:
+    """The numbers of the tables, by name."""
     names = {}
-    for path in (path for pattern in RT_TABLES for path in sorted(glob.glob(pattern))):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
+    for pattern in RT_TABLES:
+        for path in sorted(glob.glob(pattern)):
+            for line in read_lines(path):
                 if found := re.match(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s+([^\s#]+)", line):
-                    names[found[2]] = int(found[1], 16 if "x" in found[1] else 10)
+                    number, name = found.groups()
+                    names[name] = int(number, 16 if "x" in number else 10)
     return names
 
 
-def write_name(names: dict[str, int], options: argparse.Namespace, table: int) -> None:
-    """Name the table, unless it has a name or the name has a table: it also does without."""
-    name = options.device if options.table.isdecimal() else options.table or options.device
-    path = f"{NAME_DIRECTORY}/{options.device}.conf"
-    if options.remove or name in names or table in names.values():
-        return
+def read_lines(path: str) -> list[str]:
+    """None where the file cannot be read: the other files are of use without it."""
     try:
-        os.makedirs(NAME_DIRECTORY, exist_ok=True)
-        with open(f"{path}.new", "w", encoding="ascii") as file:
-            file.write(f"{table} {name}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.new", path)
-    except OSError as error:
-        print(f"add_routes.py: {path}: {error.strerror}; {table} has no name", file=sys.stderr)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readlines()
+    except OSError:
+        return []
 
 
-def lock() -> IO[str]:
-    """The lock, held until the file is closed; raises Failure, OSError."""
+def write_names(host: Host, wish: Wish, tables: dict[str, int]) -> list[str]:
+    """Give the tables names, where both are free. A failure only costs the names."""
+    for device, table in tables.items():
+        path = f"{NAME_DIRECTORY}/{device}.conf"
+        name = device
+        if device == wish.device and wish.table and not wish.table.isdecimal():
+            name = wish.table
+        is_ours = os.path.exists(path)
+        if table in host.names.values() or (name in host.names and not is_ours):
+            continue
+        try:
+            write_file(path, f"{table} {name}\n")
+        except OSError as error:
+            return [f"cannot write {path}: {error.strerror}; table {table} works without a name"]
+    return []
 
-    def expire(*_: object) -> NoReturn:
-        raise Failure(f"{LOCK} is held by another run for {LOCK_SECONDS} s; see `fuser {LOCK}`")
 
-    file = open(LOCK, "w", encoding="ascii")  # noqa: SIM115
-    signal.signal(signal.SIGALRM, expire)
-    signal.alarm(LOCK_SECONDS)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    signal.alarm(0)
-    return file
+def write_file(path: str, text: str) -> None:
+    """The whole text or nothing, readable for everybody."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.new", "w", encoding="ascii") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
 
 
-def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+# --- locks ---
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One run at a time; raises Failure, OSError."""
+    with open(LOCK, "a", encoding="ascii") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                who = f"another run holds {LOCK} for {LOCK_SECONDS} s"
+                raise Failure(f"{who}; see `fuser {LOCK}`")
+            time.sleep(0.02)
+        yield
+
+
+@contextlib.contextmanager
+def watch_lock() -> Iterator[None]:
+    with open(WATCH_LOCK, "a", encoding="ascii") as file:
+        if not try_lock(file.fileno()):
+            raise Failure(f"another --watch is running; it holds {WATCH_LOCK}")
+        yield
+
+
+def try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# --- the door bell of --watch ---
+
+
+def open_bell() -> socket.socket:
+    """The kernel writes a message to this socket at each change. Nobody reads what it says."""
+    import socket  # here, because hooks do not need it, and it costs 3 ms
+
+    bell = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    mask = 0
+    for group in HEARD_GROUPS:
+        mask |= 1 << (group - 1)
+    bell.bind((0, mask))
+    bell.setblocking(False)
+    return bell
+
+
+def silence(bell: socket.socket) -> bool:
+    """Take all messages; whether there were any."""
+    rang = False
+    while True:
+        try:
+            bell.recv(65536)
+        except BlockingIOError:
+            return rang
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # so many that the kernel dropped some
+                raise
+        rang = True
+
+
+def await_change(bell: socket.socket, worked: float, patience: float | None) -> None:
+    """Return when something has changed and it is quiet again, or patience is at its end."""
+    select.select([bell], [], [], patience)
+    deadline = time.monotonic() + STORM_SECONDS
+    while silence(bell):
+        if time.monotonic() > deadline:
+            time.sleep(min(worked * STORM_REST, LONGEST_REST))
+            return
+        time.sleep(QUIET_SECONDS)
+
+
+class Fight:
+    """Notices when somebody keeps undoing what we do, and slows us down."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, float] = {}  # by command: when we did it last
+        self.repeats = 0
+        self.last_repeat = 0.0
+
+    def note(self, done: list[Step]) -> None:
+        now = time.monotonic()
+        if now - self.last_repeat > FIGHT_SECONDS:
+            self.repeats = 0
+        again = [step for step in done if now - self.made.get(step.do, 0.0) < FIGHT_SECONDS]
+        if again:
+            self.repeats += 1
+            self.last_repeat = now
+            if self.repeats == FIGHT_REPEATS:
+                command = f"ip -{again[0].family} {again[0].do}"
+                say(f"another program keeps undoing `{command}`; from now on repaired less often")
+        for step in done:
+            self.made[step.do] = now
+            self.made.pop(step.undo, None)  # we undid it ourselves
+
+    def pause(self) -> float:
+        if self.repeats < FIGHT_REPEATS or time.monotonic() - self.last_repeat > FIGHT_SECONDS:
+            return 0.0
+        return float(min(2 ** (self.repeats - FIGHT_REPEATS), SLOWEST_FIGHT))
+
+
+# --- the command line ---
+
+
+USAGE = """\
+add_routes.py [-d DEVICE] [-g GATEWAY] [-n NETWORK] [-t TABLE] [-r] [--default]
+                     [--dry-run] [-v]
+       add_routes.py --watch [-d PATTERN]... [--default DEVICE] [--dry-run] [-v]"""
+
+
+def network(text: str) -> Network:
+    """What -n takes; argparse says "invalid network value" for a ValueError."""
     found = ipaddress.ip_network(text)
     if "/" not in text or not 0 < found.prefixlen < found.max_prefixlen - 1:
         raise ValueError
@@ -377,53 +1237,100 @@ def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    usage, show = argparse.SUPPRESS, argparse.RawDescriptionHelpFormatter  # an error is one line
-    parser = argparse.ArgumentParser("add_routes.py", usage, __doc__, formatter_class=show)
-    add = parser.add_argument
-    add("-d", "--device", default=os.environ.get("IFACE"), help="default: ifupdown's $IFACE")
-    add(
-        "-g",
-        "--gateway",
-        type=ipaddress.ip_address,
-        help="default: the subnet's base + 1; IPv6:"
-        f" the router of main's default route by the device, else {VPC_ROUTER}",
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=USAGE,
+        description=__doc__,
+        epilog="Exit codes: 0 done; 1 failed, and what this run had done is taken back; 2 usage.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add("-n", "--network", type=network, help="default: that of the device's first address")
-    add("-t", "--table", default="", help="name or number")
-    add("-r", "--remove", action="store_true", help="remove what was made for the device")
-    add("--default", action="store_true", help="also for what has no source address yet")
+    add = parser.add_argument
+    add("-d", "--device", action="append", default=[], help="default: ifupdown's $IFACE")
+    add("-g", "--gateway", type=ipaddress.ip_address, help="default: main's, or subnet's base + 1")
+    add("-n", "--network", type=network, help="default: those of the device's addresses")
+    add("-t", "--table", default="", help="name or number; default: 100+N for ethN, or a free one")
+    add("-r", "--remove", action="store_true", help="remove what belongs to the device")
+    add("--default", nargs="?", const=True, help="also for what has no source address yet")
+    add("--watch", action="store_true", help="serve all hardware devices for ever")
     add("--dry-run", action="store_true", help="print the commands of `ip`, and change nothing")
-    add("-v", "--verbose", action="store_true", help="print each command of `ip` on stderr")
+    add(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print each command of `ip` that is run",
+    )
     options = parser.parse_args(argv)
-    if not options.device:
-        parser.error("no device; expected -d DEVICE, or $IFACE")
+    if options.watch:
+        if options.default is True:
+            parser.error("--watch --default names no device; expected --default DEVICE")
+        if options.gateway or options.network or options.table or options.remove:
+            parser.error("--watch takes none of -g, -n, -t and -r")
+        return options
+    if not options.device and os.environ.get("IFACE"):
+        options.device = [os.environ["IFACE"]]
+    if len(options.device) != 1:
+        parser.error(f"{len(options.device) or 'no'} device(s); expected -d DEVICE, or $IFACE")
+    if options.default not in (None, True):
+        parser.error(f"--default {options.default}; expected a device there only with --watch")
     return options
+
+
+def read_wish(options: argparse.Namespace) -> Wish:
+    """Raises Failure."""
+    if options.watch:
+        default = options.default or ""
+        if default:
+            check_name(default, "device", LONGEST_DEVICE)
+        patterns = tuple(options.device)
+        return Wish(patterns=patterns, hardware=not patterns, default=default)
+    name, _, alias = options.device[0].partition(":")
+    check_name(name, "device", LONGEST_DEVICE)
+    if options.table:
+        check_name(options.table, "table", LONGEST_TABLE)
+    if options.remove:
+        return Wish(remove=options.device[0] if alias else name)
+    return Wish(
+        device=name,
+        default=name if options.default else "",
+        gateway=options.gateway,
+        network=options.network,
+        table=options.table,
+    )
+
+
+def check_name(name: str, what: str, longest: int) -> None:
+    if not NAME.fullmatch(name) or len(name) > longest:
+        allowed = f'at most {longest} letters, digits, "_", "." or "-"'
+        raise Failure(f"{name!r} is not a {what} name; expected {allowed}")
+
+
+def say(text: str) -> None:
+    # Nobody needs to read it: a closed stderr must not end --watch.
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def error_text(error: Failure | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    if options.device in ("lo", "--all"):
+    if options.device in (["lo"], ["--all"]):  # `ifup -a` calls with the latter
         return 0
-    options.device = options.device.partition(":")[0]
     try:
-        for name, limit in ((options.device, NAME_LENGTH), (options.table or "none", 64)):
-            if not NAME.fullmatch(name) or len(name) > limit:
-                raise Failure(f"{name!r} is no usable name; expected at most {limit} plain letters")
-        with open(os.devnull) if options.dry_run else lock():
-            try:
-                host = read_host(options.verbose)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise Failure(f"what `ip -json` says is not understood: {error!r}") from None
-            table = 0 if options.remove else choose_table(host, options.device, options.table)
-            steps = plan(host, options, table)
-            if options.dry_run:
-                print("".join(f"ip -{step.family} {step.do}\n" for step in steps), end="")
-            else:
-                apply(steps, options.verbose)
-                write_name(host.names, options, table)
+        wish = read_wish(options)
+        if options.dry_run:
+            rehearse(wish)
+        elif options.watch:
+            watch(wish, options.verbose)
+        else:
+            for complaint in serve(wish, options.verbose).complaints:
+                say(complaint)
     except (Failure, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"add_routes.py: {text}", file=sys.stderr)
+        say(error_text(error))
         return 1
     return 0
 

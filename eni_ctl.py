@@ -1,24 +1,28 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 """Give this EC2 instance the network interface (ENI) that is named after its Auto Scaling group.
 
-    eni_ctl.py -a    attach it: at boot, from eni.service, or by hand; safe to run again
-    eni_ctl.py -d    detach the one that this instance holds
-    eni_ctl.py -s    say what is so, change nothing
+    eni_ctl.py -a    attach it; run at boot by eni.service, or by hand; safe to run again
+    eni_ctl.py -d    detach it from this instance
+    eni_ctl.py -s    show the current state; changes nothing
 
-The way: instance id (IMDS) -> the group's name -> the ENI with that Name tag -> attach -> wait
-for its device and address -> write the state file. A free ENI in this zone is attached. One that
-a terminating instance still holds is detached there first. One that an instance in service holds
-is never taken, unless forced: this program waits for it until its deadline.
+How it attaches: it asks IMDS for the instance's id, finds the name of the instance's group, finds
+the ENIs with that Name tag, attaches one, waits for its device and address, and writes the state
+file. A free ENI is attached. An ENI of a terminating instance is detached there first. An ENI of an
+instance in service is never taken, unless by --force: this program waits for it.
 
-Files: /etc/default/eni    what is attached, as KEY=value lines for sh, bash and systemd
-       /run/eni_ctl.lock   one run at a time; in it, the ENI that was claimed last
-Exit:  0  done and verified
-       1  failed for now; trying again can help
-       2  usage
-       3  --status only: no ENI is attached here
-       4  a person must act: no group, no such ENI, another zone, permission missing, no free slot
-IAM:   autoscaling:DescribeAutoScalingInstances, ec2:DescribeNetworkInterfaces,
-       ec2:AttachNetworkInterface, ec2:DetachNetworkInterface
+Files:
+  /etc/default/eni    what is attached, as KEY=value lines for sh, bash and systemd
+  /run/eni_ctl.lock   held during each step, and says which ENI this host last tried to attach
+
+Exit codes:
+  0  done and verified
+  1  failed for now; trying again can help
+  2  usage error
+  3  only from --status: no ENI of the name is attached here
+  4  a person must act: no group, no usable ENI, another zone, no permission, no free slot
+
+IAM actions: autoscaling:DescribeAutoScalingInstances, ec2:DescribeNetworkInterfaces,
+  ec2:AttachNetworkInterface, ec2:DetachNetworkInterface
 """
 
 # /// script
@@ -30,154 +34,196 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import gc
+import io
 import json
+import logging
 import os
 import re
+import select
+import shlex
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, NoReturn, TypeVar
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 STATE_FILE = "/etc/default/eni"
 LOCK_FILE = "/run/eni_ctl.lock"
-# All in seconds.
-TIMEOUT = 300.0  # the whole run; systemd/eni.service allows a little more
-OVERRUN = 1.0  # past the deadline, a call that does not return (DNS, say) is cut off
-GRACE = 10.0  # IAM, Auto Scaling and tags lag behind a fresh launch
-POLL_EC2 = 1.0  # a released ENI is noticed within 1.5
-POLL_HERE = 0.1  # the kernel, IMDS and the lock: asking costs next to nothing
-POLL_STATES = 5.0  # the holders' life-cycle states
-FORCE_AFTER = 30.0  # a detach from a holder that is going away is forced
-BACK_OFF = 15.0  # what is throttled or out of reach is asked so many times less often at most
-FIRST_WORD = 2.0  # a wait is reported; again each time it has doubled
 
-INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type takes more than 15 a card
-REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"  # and what a zone's name looks like
-V6_ROUTER = "fe80:ec2::1"  # each VPC router has it (VPC user guide, "Configure route tables")
+# All times are in seconds.
+TIMEOUT = 300.0  # for the whole run; TimeoutStartSec in systemd/eni.service is a little more
+KILL_AFTER = 1.0  # past the deadline, a call that never returns (DNS, say) ends with the process
+GRACE = 10.0  # after a launch, IAM, Auto Scaling and tags may need this long to be right
+QUICK_PHASE = 10.0  # a wait polls quickly for this long after its reason has changed
+STATES_AGE = 7.0  # life-cycle states that are older are read again before anything is decided
+LOOK_AGAIN = (5.0, 30.0)  # EC2 is asked again about an ENI without device after 5, 10, 20, 30 ... s
+ASK_AGAIN = 10.0  # a detach that EC2 has taken, but does not show, is asked for again after this
+FORCE_AFTER = 30.0  # a detach that takes longer than this at a dying holder is forced
+FIRST_REPORT = 2.0  # a run reports that it waits after this time, and whenever that has doubled
+REFUSAL_PAUSES = (1.0, 30.0)  # a refused attach or detach is repeated after 1, 2, 4 ... 30 s
+CREDENTIAL_PAUSES = (1.0, 60.0)  # new credentials are fetched after 1, 2, 4 ... 60 s
+SHOWN_WITHIN = 30.0  # EC2 shows an attachment late, but not later than this
+
+
+class Poll(NamedTuple):
+    """The pauses of a wait."""
+
+    quick: float  # in its quick phase
+    slow: float  # later
+    slowest: float  # when the other side is overloaded
+
+
+POLL_EC2 = Poll(quick=1.0, slow=5.0, slowest=15.0)
+POLL_LOCAL = Poll(quick=0.1, slow=0.1, slowest=1.5)  # IMDS, the kernel and the lock
+
+DEVICE_INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type has more than 15 on a card
+ZONE_OR_REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"
+NO_GROUP = "in no group"  # stands for the life-cycle state of an instance that has none
+IPV6_ROUTER = "fe80:ec2::1"  # of every VPC subnet (VPC user guide, "Configure route tables")
 
 T = TypeVar("T")
-verbose = False
+log = logging.getLogger("eni_ctl")  # info for the user, debug for --verbose
+
+
+# --- errors: the class says what a wait does about one, the text is what the user reads ---
 
 
 class Failure(Exception):
-    """What went wrong, as the one line that the user reads. Final, unless of a class below."""
+    """Waiting cannot help: ends the run."""
 
-    code = 1
+    exit_code = 1
+
+    def __init__(self, text: str, aws_code: str = "") -> None:
+        super().__init__(text)
+        self.aws_code = aws_code  # AWS's error code, where AWS refused a call
 
 
 class NotYet(Failure):
-    """Waiting can help."""
+    """Tried again until the deadline."""
 
 
-class Throttled(NotYet):
-    """AWS or IMDS is overloaded or out of reach: wait, and longer each time."""
-
-
-class InUse(NotYet):
-    """The ENI was free when we looked, and is not any more."""
-
-
-class IndexTaken(NotYet):
-    """Another ENI is attached at that device index."""
-
-
-class AlreadyGone(NotYet):
-    """There is no such attachment any more."""
+class Overloaded(NotYet):
+    """AWS or IMDS is throttling or out of reach: as NotYet, but tried ever less often."""
 
 
 class NeedsPerson(Failure):
-    """Waiting does not help, once GRACE is over."""
+    """Tried again for GRACE only, because right after a launch it may come right by itself."""
 
-    code = 4
-
-
-class Denied(NeedsPerson):
-    """The instance's IAM policy lacks an action."""
+    exit_code = 4
 
 
-class Rehearsed(Exception):
-    """--dry-run has come to the first step that would change something: its result."""
+class DryRun(Exception):
+    """--dry-run has come to the first call that would change something, or to the end."""
 
 
-# What the error codes of AWS mean here; failure() adds what the code alone does not decide.
-ERRORS: dict[str, type[Failure]] = {
-    "UnauthorizedOperation": Denied,
-    "AccessDenied": Denied,
-    "AccessDeniedException": Denied,
-    "InvalidNetworkInterface.InUse": InUse,
-    "InvalidAttachmentID.NotFound": AlreadyGone,
-    "RequestLimitExceeded": Throttled,
-    "RequestThrottled": Throttled,
-    "Throttling": Throttled,
-    "ThrottlingException": Throttled,
-    "IncorrectState": NotYet,  # of an ENI or instance that is between two states
-    "IncorrectInstanceState": NotYet,
-    "InvalidInstanceID.NotFound": NotYet,  # just after the launch
-    "InvalidNetworkInterfaceID.NotFound": NotYet,  # deleted since we looked
-    "AuthFailure": NotYet,  # new credentials are not known everywhere at once
-    "InvalidClientTokenId": NotYet,
-    "ExpiredToken": NotYet,
-    "RequestExpired": NotYet,  # the clock is not set yet
+# AWS's error codes, by what they mean here (EC2 API reference, "Error codes").
+IN_USE = "InvalidNetworkInterface.InUse"
+INDEX_TAKEN = "device index taken"  # our word: EC2's InvalidParameterValue says many things
+NOT_PERMITTED_HERE = "AuthFailure of an ENI"  # our word, too
+DETACHED_ALREADY = "InvalidAttachmentID.NotFound"
+NO_FREE_SLOT = "AttachmentLimitExceeded"
+DENIED = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"}
+CLOCK_NOT_SET = {
+    "SignatureDoesNotMatch",
+    "InvalidSignatureException",
+    "RequestTimeTooSkewed",
+    "RequestInTheFuture",
+    "RequestExpired",
+}
+STALE_CREDENTIALS = CLOCK_NOT_SET | {
+    "AuthFailure",
+    "InvalidClientTokenId",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "UnrecognizedClientException",
+}
+INSTANCE_NOT_READY = {
+    "IncorrectInstanceState",
+    "InvalidInstanceID",
+    "InvalidInstanceID.NotFound",
+    "OptInRequired",  # the account or region is being activated
+}
+ENI_NOT_READY = {
+    IN_USE,
+    INDEX_TAKEN,
+    NOT_PERMITTED_HERE,
+    DETACHED_ALREADY,
+    "IncorrectState",
+    "InvalidNetworkInterfaceID.NotFound",
+}
+THROTTLED = {
+    "EC2ThrottledException",
+    "PriorRequestNotComplete",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "SlowDown",
+    "ThrottledException",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
 }
 HINTS = {
     "InvalidParameterCombination": "is the ENI in another zone? ",
-    "AttachmentLimitExceeded": "no free slot for an ENI on this instance: ",
+    NO_FREE_SLOT: "no free slot for an ENI on this instance: ",
+    **dict.fromkeys(CLOCK_NOT_SET, "is this host's clock set? "),
 }
 
 
-class Here(NamedTuple):
-    """This instance, as IMDS and its group tell."""
+# --- what there is ---
 
-    instance: str
+
+class Instance(NamedTuple):
+    """This instance, as IMDS and its group describe it."""
+
+    id: str
     zone: str
     region: str
-    name: str  # the Name tag to look for: the group's name, or what -n says
-    state: str  # life-cycle state in the group; empty where there is none
+    name: str = ""  # the Name tag to look for: the group's name, or what -n says
+    state: str = ""  # life-cycle state in the group; empty where it is in no group
 
 
 class Eni(NamedTuple):
-    """A network interface as DescribeNetworkInterfaces shows it."""
+    """A network interface, as DescribeNetworkInterfaces shows it. What it lacks is empty."""
 
     id: str
     mac: str
     zone: str
     ip: str
+    name: str = ""
     fqdn: str = ""
     status: str = "available"
-    holder: str = ""  # an instance, or the AWS service that owns it; empty when free
+    service: str = ""  # the AWS service that owns it; empty for one of the account's own
+    holder: str = ""  # the instance of its attachment
     attachment: str = ""
     attachment_status: str = ""  # attaching, attached, detaching
     device_index: int = -1
+    card_index: int = 0
     since: str = ""
+    delete_on_termination: bool = False
 
-    @classmethod
-    def from_api(cls, item: Mapping[str, Any]) -> Eni:
-        """Raises KeyError and the like where the answer is not what EC2 documents."""
-        held = item.get("Attachment") or {}
-        tags = {tag["Key"]: tag["Value"] for tag in item.get("TagSet", [])}
-        return cls(
-            id=item["NetworkInterfaceId"],
-            mac=item["MacAddress"].lower(),
-            zone=item["AvailabilityZone"],
-            ip=item.get("PrivateIpAddress") or item["Ipv6Addresses"][0]["Ipv6Address"],
-            fqdn=tags.get("FQDN", ""),
-            status=item["Status"],
-            holder=held.get("InstanceId") or held.get("InstanceOwnerId") or "",
-            attachment=held.get("AttachmentId", ""),
-            attachment_status=held.get("Status", ""),
-            device_index=held.get("DeviceIndex", -1),
-            since=str(held.get("AttachTime", "")),
-        )
+    @property
+    def is_primary(self) -> bool:
+        """A primary ENI cannot be moved. A launch template may have given it the group's name."""
+        return self.device_index == 0 and self.card_index == 0
+
+    @property
+    def is_free(self) -> bool:
+        return self.status == "available" and not self.attachment and not self.holder
+
+    def is_attached_to(self, instance: str) -> bool:
+        return self.holder == instance and self.attachment_status in ("attaching", "attached")
 
 
 class Network(NamedTuple):
-    """The ENI's device and the prefix of the address on it, as the kernel shows them."""
+    """The ENI's device and the prefix length of its address, as the kernel shows them."""
 
     device: str
     prefix: int
@@ -185,118 +231,745 @@ class Network(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What to do next: keep, attach (the first that can be had), release or wait."""
+    """One thing that would bring the instance nearer to its ENI."""
 
-    do: str
-    enis: tuple[Eni, ...] = ()
-    why: str = ""
+    action: str  # attach, or release: detach it from its holder
+    eni: Eni
 
 
-# --- deciding: from what was found, what to do; nothing here acts ---
+class Decision(NamedTuple):
+    """What --attach should do now."""
+
+    keep: Eni | None = None  # the ENI that is attached here already
+    steps: tuple[Step, ...] = ()  # by preference; the first that EC2 does not refuse is enough
+    waiting_for: tuple[str, ...] = ()  # a clause about each ENI that may become free by itself
+
+
+# --- the three verbs: each returns what the user reads on stdout, and the exit code ---
+
+
+def attach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
+    lock = Lock(LOCK_FILE, options, deadline)
+    instance, aws = identify(options, deadline)
+    if not options.dry_run:
+        retire_foreign_record(instance, lock)
+    claim = Claim(instance, aws, lock, deadline, options)
+    patience, longest = LOOK_AGAIN
+    while True:
+        eni = wait(claim.step, deadline, POLL_EC2)
+        try:
+            network = await_network(instance, eni, lock, deadline, patience)
+            break
+        except NotYet:
+            # No device has come. Perhaps EC2 has undone the attachment, or a peer has the ENI.
+            patience = min(patience * 2, longest)
+    warn_of_deletion(eni)
+    return f"attached {eni.id} ({eni.ip}) as {network.device}", 0
+
+
+def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
+    lock = Lock(LOCK_FILE, options, deadline)
+    instance, aws = identify(options, deadline, record=read_state_file(options.state_file))
+    withdrawal = Withdrawal(instance, aws, lock, deadline, options)
+    detached = wait(withdrawal.step, deadline, POLL_EC2)
+    if not detached:
+        return f"not attached: {instance.id} holds no ENI named {quoted(instance.name)}", 0
+    return "detached " + ", ".join(f"{eni.id} ({eni.ip})" for eni in detached), 0
+
+
+def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
+    instance, aws = identify(options, deadline)
+    enis = wait(lambda: aws.enis_named(instance.name), deadline, POLL_EC2)
+    instances = {instance.id, *holding_instances(enis)}
+    members = wait(lambda: aws.members(instances), deadline, POLL_EC2)
+    report = describe_state(instance, enis, life_cycle_states(instances, members))
+    exit_code = 3
+    for eni in own_enis(instance.id, enis):
+        if eni.is_attached_to(instance.id):
+            exit_code = add_network(report, eni)
+            break
+    return (json.dumps(report, indent=2) if options.json else status_table(report)), exit_code
+
+
+# --- deciding: from what there is, what to do next; nothing here acts ---
 
 
 def decide(
-    here: Here, enis: Sequence[Eni], states: Mapping[str, str], force: bool, claimed: str
-) -> Step:
-    """The next step of --attach. Raises Failure or NeedsPerson where there is none.
+    instance: Instance, enis: Sequence[Eni], states: Mapping[str, str], force: bool, tried: str
+) -> Decision:
+    """What --attach does next. Raises Failure, NeedsPerson or NotYet where it can do nothing.
 
-    enis: all of the name. states: the life-cycle states known so far, by instance. claimed: the
-    ENI that was last claimed from here, which may be ours though EC2 does not show it yet.
+    enis: all ENIs of the name. states: the holders' life-cycle states, as far as they are known.
+    tried: the ENI that a run here last tried to attach; it may be ours before EC2 shows it.
     """
-    named = f"no network interface named {show(here.name)}"
-    movable = [eni for eni in enis if eni.device_index != 0]
-    mine = attached_to(here.instance, enis)
-    staying = tuple(eni for eni in mine if eni.attachment_status != "detaching")
-    if staying:
-        return Step("keep", staying)
-    if mine:
-        return Step("wait", why=f"{mine[0].id} is being detached from this instance")
-    if is_ending(here.state):
-        raise Failure(f"this instance is {here.state}: it claims nothing")
-    if here.state.startswith("Warmed:"):
-        return Step("wait", why=f"this instance is {here.state}: it claims nothing yet")
-    if not movable:
-        primary = f"; {enis[0].id} is the primary one of {enis[0].holder}" if enis else ""
-        raise NeedsPerson(f"{named} in {here.region}{primary}")
-    local = [eni for eni in movable if eni.zone == here.zone]
-    if not local:
-        elsewhere = ", ".join(f"{eni.id} is in {eni.zone}" for eni in movable[:3])
-        raise NeedsPerson(f"{named} in {here.zone}; {elsewhere}")
-    local.sort(key=lambda eni: (eni.id != claimed, own_order(here.instance, eni.id)))
-    free = tuple(eni for eni in local if not eni.holder)
-    if free:
-        return Step("attach", free)
-    why = [f"{e.id} is held by {e.holder} ({states.get(e.holder, '?')}) {e.since}" for e in local]
-    for eni, reason in zip(local, why):
-        if force or is_ending(states.get(eni.holder, "")):
-            return Step("release", (eni,), reason)
-    return Step("wait", why="; ".join(why[:3]))
+    own = own_enis(instance.id, enis)
+    for eni in own:
+        if eni.is_attached_to(instance.id):
+            return Decision(keep=eni)
+    for eni in own:
+        if eni.attachment_status == "detaching":
+            raise NotYet(f"{eni.id} is being detached from this instance")
+    check_may_claim(instance.state)
+
+    candidates = find_candidates(instance, enis)
+    candidates.sort(key=lambda eni: (eni.id != tried, rank(instance.id, eni.id)))
+    steps: list[Step] = []
+    for eni in candidates:
+        if eni.is_free:
+            steps.append(Step("attach", eni))
+    takeable = [eni for eni in candidates if may_take(eni, states, force)]
+    takeable.sort(key=lambda eni: whom_to_spare(states[eni.holder]))
+    for eni in takeable:
+        steps.append(Step("release", eni))
+    waiting_for: list[str] = []
+    for eni in candidates:
+        if not eni.is_free and eni not in takeable:
+            waiting_for.append(why_not_free(eni, states))
+    return Decision(steps=tuple(steps), waiting_for=tuple(waiting_for))
 
 
-def attached_to(instance: str, enis: Iterable[Eni]) -> list[Eni]:
-    """Those that the instance holds, in the order of their device indexes, but its primary one:
-    that cannot be moved, though a launch template may have given it the group's name."""
-    mine = [eni for eni in enis if eni.holder == instance and eni.device_index != 0]
-    return sorted(mine, key=lambda eni: eni.device_index)
+def check_may_claim(state: str) -> None:
+    """Return if an instance in that life-cycle state may claim an ENI.
+
+    Raises Failure in a state that leads out of the group, and NotYet in one that can lead back into
+    service. An instance without a state is in no group; -n named the ENI for it.
+    """
+    if re.match("Pending|InService|$", state):
+        return
+    if re.match("Terminat|Detach", state):
+        raise Failure(f"this instance is {state}: it claims nothing")
+    raise NotYet(f"this instance is {state}: it claims nothing until it is in service")
 
 
-def is_ending(state: str) -> bool:
-    """Whether an instance in that life-cycle state has left service for good."""
-    return state.split("Warmed:")[-1].startswith(("Terminating", "Terminated"))
+def may_take(eni: Eni, states: Mapping[str, str], force: bool) -> bool:
+    """Whether the ENI may be taken from the instance that holds it.
+
+    It may be taken from a dying or warm holder, with --force from any. The holder's state must be
+    known, because without it a healthy host could be robbed.
+    """
+    if eni.is_free or not eni.attachment or eni.holder not in states:
+        return False
+    return force or is_dying_or_warm(states[eni.holder])
 
 
-def own_order(instance: str, eni: str) -> str:
-    """Sort key: hosts that share a pool try its ENIs in different orders, and rarely collide."""
+def is_dying_or_warm(state: str) -> bool:
+    """Whether an instance in that life-cycle state is not in use by its group, nor coming back."""
+    return re.match("Terminat|Warmed:", state) is not None
+
+
+def whom_to_spare(state: str) -> int:
+    """Sort key for --force: an ENI is taken from the holder with the lowest one first."""
+    if is_dying_or_warm(state):
+        return 0
+    if state == NO_GROUP:
+        return 1
+    if re.match("Pending|InService", state):
+        return 3
+    return 2
+
+
+def find_candidates(instance: Instance, enis: Sequence[Eni]) -> list[Eni]:
+    """The ENIs that could be attached here. Raises NeedsPerson where there are none."""
+    candidates: list[Eni] = []
+    reasons: list[str] = []
+    for eni in enis:
+        reason = why_unusable(eni)
+        if not reason and eni.zone != instance.zone:
+            reason = f"is in {eni.zone or 'an unknown zone'}"
+        if reason:
+            reasons.append(f"{eni.id} {reason}")
+        else:
+            candidates.append(eni)
+    if candidates:
+        return candidates
+    name = quoted(instance.name)
+    if not reasons:
+        raise NeedsPerson(f"no network interface named {name} in {instance.region}")
+    raise NeedsPerson(
+        f"no usable network interface named {name} in {instance.zone}: {list_some(reasons)}"
+    )
+
+
+def why_unusable(eni: Eni) -> str:
+    """Why no instance could attach it as a second interface; empty where one could."""
+    if eni.is_primary:
+        return f"is the primary one of {eni.holder or eni.service}"
+    if eni.service:
+        return f"belongs to {eni.service}"
+    if not eni.ip:
+        return "has no address"
+    if not eni.mac:
+        return "has no MAC address"
+    return ""
+
+
+def why_not_free(eni: Eni, states: Mapping[str, str]) -> str:
+    """A clause about an ENI that is in use, or between two states."""
+    if eni.holder and eni.attachment_status in ("attaching", "attached"):
+        state = states.get(eni.holder, "state unknown")
+        return f"{eni.id} is held by {eni.holder} ({state}) since {eni.since}"
+    if eni.holder and eni.attachment_status == "detaching":
+        return f"{eni.id} is being detached from {eni.holder}"
+    return f"{eni.id} has the status {quoted(eni.status)}"
+
+
+def own_enis(instance: str, enis: Iterable[Eni]) -> list[Eni]:
+    """What the instance holds beside its primary ENI, in the order of the device indexes."""
+    own = [eni for eni in enis if eni.holder == instance and not eni.is_primary]
+    return sorted(own, key=lambda eni: (eni.card_index, eni.device_index))
+
+
+def holding_instances(enis: Iterable[Eni]) -> set[str]:
+    return {eni.holder for eni in enis if eni.holder}
+
+
+def rank(instance: str, eni: str) -> str:
+    """Sort key: each host tries the ENIs of a pool in an order of its own, so that few collide."""
     import hashlib
 
     return hashlib.sha256(f"{instance} {eni}".encode()).hexdigest()
 
 
-def failure(action: str, code: str, status: int, message: str) -> Failure:
-    """The Failure for an error answer of AWS."""
-    kind = ERRORS.get(code)
-    if code == "InvalidParameterValue":  # says it all; only the message tells what
-        kind = InUse if "in use" in message else IndexTaken if "device index" in message else None
-    elif kind is None and (status >= 500 or status == 429 or code.isdigit()):
-        kind = Throttled  # botocore makes a code of the status where the body is not AWS's
-    if kind is Denied:
-        service = "autoscaling" if "AutoScaling" in action else "ec2"
-        return Denied(f"not allowed: the instance's IAM policy lacks {service}:{action}")
-    return (kind or NeedsPerson)(f"{HINTS.get(code, '')}{action}: {code}: {one_line(message)}")
+# --- attaching ---
 
 
-def escape_filter(value: str) -> str:
-    """The value as EC2's filters take it literally: * and ? are wildcards, \\ escapes."""
-    return re.sub(r"([*?\\])", r"\\\1", value)
+class Claim:
+    """How --attach comes to an ENI: it looks, decides and acts, one step at a time."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        aws: Aws,
+        lock: Lock,
+        deadline: Deadline,
+        options: argparse.Namespace,
+    ) -> None:
+        self.instance = instance
+        self.aws = aws
+        self.lock = lock
+        self.deadline = deadline
+        self.force = options.force
+        self.named = options.name is not None
+        self.states: dict[str, str] = {}  # the holders' life-cycle states
+        self.states_read = deadline.elapsed()  # our own has just been read
+        self.granted: Eni | None = None  # what EC2 let this run attach
+        self.unseen_since: dict[str, float] = {}  # by ENI: in use, and not shown by whom
+        self.detaching_since: dict[str, float] = {}  # by attachment, as EC2 shows it
+        self.ask_again_at: dict[str, float] = {}  # by attachment, where EC2 does not show it yet
+        self.refusals = Refusals(deadline)
+        self.record_is_checked = False
+
+    def step(self) -> Eni:
+        """The ENI that is attached here. Raises NotYet after a step that was not the last."""
+        with self.lock.held():
+            enis = self.aws.enis_named(self.instance.name)
+            if not self.aws.dry_run:
+                self.retire_stale_record(enis)
+            if self.needs_states(enis):
+                self.read_states(enis)
+            if self.aws.dry_run:
+                return self.rehearse(enis)
+            decision = decide(self.instance, enis, self.states, self.force, self.lock.tried)
+            if decision.keep:
+                self.lock.remember(decision.keep.id)
+                return decision.keep
+            return self.act(decision)
+
+    def rehearse(self, enis: Sequence[Eni]) -> Eni:
+        """What --dry-run does. Raises DryRun with what would be done, or what EC2 says."""
+        try:
+            decision = decide(self.instance, enis, self.states, self.force, self.lock.tried)
+            if decision.keep:
+                raise DryRun(f"would keep: {decision.keep.id} is attached here")
+            return self.act(decision)
+        except NotYet as error:
+            raise DryRun(f"would wait: {error}") from None
+
+    def needs_states(self, enis: Sequence[Eni]) -> bool:
+        """Whether life-cycle states must be read before anything can be decided.
+
+        Our own and the holders' must be fresh. The holders' do not matter while an ENI is free, or
+        is ours already.
+        """
+        if any(eni.is_attached_to(self.instance.id) for eni in own_enis(self.instance.id, enis)):
+            return False
+        if self.deadline.elapsed() - self.states_read > STATES_AGE:
+            return True
+        for eni in enis:
+            if eni.is_free and eni.zone == self.instance.zone and not why_unusable(eni):
+                return False
+        return not holding_instances(enis) <= self.states.keys()
+
+    def read_states(self, enis: Sequence[Eni]) -> None:
+        holders = holding_instances(enis)
+        members = self.aws.members(holders | {self.instance.id})
+        self.states = life_cycle_states(holders, members)
+        own = members.get(self.instance.id)
+        if own:
+            self.instance = self.instance._replace(state=own.state or self.instance.state)
+        elif self.named:
+            self.instance = self.instance._replace(state="")
+        else:
+            raise NeedsPerson(f"{self.instance.id} is in no Auto Scaling group any more")
+        self.states_read = self.deadline.elapsed()
+
+    def act(self, decision: Decision) -> Eni:
+        """Take the first step that EC2 does not refuse. Raises a Failure where none is left."""
+        refusals: list[Failure] = []
+        for step in decision.steps:
+            try:
+                if step.action == "attach":
+                    return self.attach(step.eni)
+                self.release(step.eni)
+            except Failure as error:
+                if not concerns_one_eni(error):
+                    raise
+                refusals.append(error)
+        raise nothing_left(refusals, decision.waiting_for)
+
+    def attach(self, eni: Eni) -> Eni:
+        """Claim the ENI: this call of EC2 is the claim, and nothing else is."""
+        call = f"attach {eni.id}"
+        self.refusals.check("attach anything")
+        self.refusals.check(call)
+        maybe_ours = eni.id == self.lock.tried
+        self.lock.remember(eni.id)
+        try:
+            attachment = self.aws.attach(eni.id, self.instance.id)
+        except Failure as error:
+            if not is_refusal(error):
+                raise  # the call may have taken effect all the same
+            if error.aws_code == IN_USE and maybe_ours:
+                if self.granted and self.granted.id == eni.id:
+                    return self.granted
+                self.await_own(eni, call)
+            self.lock.remember("")
+            if not concerns_one_eni(error):
+                call = "attach anything"
+            raise self.refusals.note(call, about(eni, error)) from None
+        self.granted = eni._replace(
+            holder=self.instance.id, attachment=attachment, attachment_status="attaching"
+        )
+        return self.granted
+
+    def await_own(self, eni: Eni, call: str) -> None:
+        """For an ENI that EC2 shows as free and calls in use, and that a run here has tried.
+
+        It is probably ours: EC2 shows an attachment late. Without this, the run would take a second
+        ENI of the pool. Raises NotYet; returns when EC2 has had the time to show it.
+        """
+        now = self.deadline.elapsed()
+        since = self.unseen_since.setdefault(eni.id, now)
+        if now - since < SHOWN_WITHIN:
+            reason = NotYet(f"{eni.id} is in use, and EC2 does not show yet by whom")
+            raise self.refusals.note(call, reason)
+
+    def release(self, eni: Eni) -> NoReturn:
+        """Have EC2 detach the ENI from its holder, by force where that hangs. Raises NotYet."""
+        now = self.deadline.elapsed()
+        hangs = eni.attachment_status == "detaching"
+        if hangs:
+            due = self.detaching_since.setdefault(eni.attachment, now) + FORCE_AFTER
+        else:
+            due = self.ask_again_at.get(eni.attachment, now)
+        if now < due:
+            raise NotYet(f"{eni.id} is being detached from {eni.holder}")
+
+        held = why_not_free(eni, self.states)
+        call = f"detach {eni.attachment}"
+        self.refusals.check(call)
+        try:
+            self.aws.detach(eni.attachment, force=hangs)
+        except Failure as error:
+            if not is_refusal(error):
+                raise
+            # The holder's shutdown releases the ENI, too: waiting helps, unless IAM says no.
+            kind = NeedsPerson if error.aws_code in DENIED else NotYet
+            reason = kind(f"{held}, and EC2 does not detach it: {error}", error.aws_code)
+            raise self.refusals.note(call, reason) from None
+        self.detaching_since.pop(eni.attachment, None)
+        self.ask_again_at[eni.attachment] = now + ASK_AGAIN
+        log.info("%s: detaching it there%s", held, ", by force" if hangs else "")
+        warn_of_deletion(eni)
+        raise NotYet(f"{eni.id} is being detached from {eni.holder}")
+
+    def retire_stale_record(self, enis: Sequence[Eni]) -> None:
+        """Take the attachment out of a state file where EC2 does not show it here any more."""
+        record = read_state_file(self.lock.state_file)
+        recorded = record.get("ENI_ID", NULL)
+        if self.record_is_checked or not has_attachment(record):
+            return
+        shown = [eni for eni in enis if eni.id == recorded]
+        if not shown:  # it may have another name
+            self.record_is_checked = True
+            shown = self.aws.enis_with_ids({recorded})
+        for eni in shown:
+            if eni.holder == self.instance.id or find_device(eni.mac):
+                return
+        self.record_is_checked = not retire(self.lock.state_file, record)
 
 
-def quote(value: str) -> str:
-    """The value as sh, bash and systemd's EnvironmentFile all read it back, and never run it.
+def retire_foreign_record(instance: Instance, lock: Lock) -> None:
+    """Take the attachment out of a state file that was written for another instance.
 
-    Control characters but tab and newline are left out, and Unicode's noncharacters: systemd
-    drops a variable with the former, and the whole file for one of the latter.
+    The file may have come with an AMI, or with a disk from a former life of this host.
     """
-    value = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufdd0-\ufdef]", "", value)
-    value = "".join(c for c in value if ord(c) & 0xFFFE != 0xFFFE)
-    if re.fullmatch(r"[A-Za-z0-9_.:/@%+,-]*", value):
-        return value
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
+    with lock.held():
+        record = read_state_file(lock.state_file)
+        if has_attachment(record) and record.get("INSTANCE_ID") != instance.id:
+            retire(lock.state_file, record)
 
 
-def show(value: str) -> str:
-    """Foreign text for a message: in quotes, one line, plain ASCII."""
-    return json.dumps(value[:300])
+def retire(state_file: str, record: Mapping[str, str]) -> bool:
+    """Say in the state file that nothing is attached; whether it could be written."""
+    try:
+        write_state_file(state_file, without_attachment(record))
+    except Failure as error:
+        log.info("%s", error)
+        return False
+    return True
 
 
-def one_line(message: object) -> str:
-    return show(" ".join(str(message).split()))[1:-1]
+def await_network(
+    instance: Instance, eni: Eni, lock: Lock, deadline: Deadline, patience: float
+) -> Network:
+    """See the ENI's address up, and write the state file.
+
+    Raises NotYet after patience seconds, so that EC2 is asked whether the ENI is still ours.
+    """
+
+    def confirm() -> Network:
+        with lock.held():
+            network = read_network(eni)
+            write_state_file(lock.state_file, state_values(instance, eni, network))
+        return network
+
+    deadline.doing = f"{eni.id} is attached, waiting for its device and address"
+    return wait(confirm, deadline, POLL_LOCAL, patience)
 
 
-# --- the four doors: time, other programs, IMDS, AWS ---
+def warn_of_deletion(eni: Eni) -> None:
+    if eni.delete_on_termination:
+        log.warning("%s", deletion_warning(eni))
+
+
+def deletion_warning(eni: Eni) -> str:
+    return (
+        f"warning: {eni.id} will be deleted with {eni.holder}, because its attachment has "
+        "DeleteOnTermination"
+    )
+
+
+# --- detaching ---
+
+
+class Withdrawal:
+    """How --detach takes the ENIs from this instance: it looks and acts, one step at a time."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        aws: Aws,
+        lock: Lock,
+        deadline: Deadline,
+        options: argparse.Namespace,
+    ) -> None:
+        self.instance = instance
+        self.aws = aws
+        self.lock = lock
+        self.deadline = deadline
+        self.named = options.name is not None
+        self.targets: dict[str, Eni] = {}  # by attachment
+        self.gateways: dict[str, str] = {}  # by attachment
+        self.ask_again_at: dict[str, float] = {}  # by attachment, where EC2 does not show it yet
+        self.refusals = Refusals(deadline)
+
+    def step(self) -> list[Eni]:
+        """What has been detached. Raises NotYet until it and its devices are gone."""
+        with self.lock.held():
+            record = read_state_file(self.lock.state_file)
+            held = self.aws.enis_of(self.instance.id)
+            if not self.targets:
+                self.choose_targets(held, record)
+            if self.aws.dry_run:
+                self.rehearse()
+            refusals = self.detach_targets(held)
+            remaining = self.find_remaining(held)
+            if not self.aws.dry_run:
+                self.write_record(held, remaining, record)
+            if refusals:
+                raise nothing_left(refusals)
+            if remaining:
+                raise NotYet(f"{join_ids(remaining)} is being detached")
+            self.lock.remember("")
+            return list(self.targets.values())
+
+    def rehearse(self) -> None:
+        """Raise DryRun, unless there is something for EC2 to judge."""
+        if not self.targets:
+            raise DryRun("would do nothing: no such network interface is attached here")
+        if all(eni.attachment_status == "detaching" for eni in self.targets.values()):
+            raise DryRun(f"would wait: {join_ids(self.targets.values())} is being detached")
+
+    def choose_targets(self, held: Sequence[Eni], record: Mapping[str, str]) -> None:
+        """Note which ENIs to detach. Raises NotYet if EC2 may show one of them late."""
+        shown = list(held)
+        for eni in self.aws.enis_with_ids(self.find_suspects(held, record)):
+            if not self.is_target(eni, record):
+                continue
+            if eni.is_free and (find_device(eni.mac) or self.deadline.elapsed() < GRACE):
+                raise NotYet(f"{eni.id} was claimed here, and EC2 does not show it attached yet")
+            shown.append(eni)
+        for eni in own_enis(self.instance.id, shown):
+            if eni.attachment and self.is_target(eni, record):
+                self.targets[eni.attachment] = eni
+                with contextlib.suppress(NotYet):
+                    self.gateways[eni.attachment] = read_network(eni).gateway
+
+    def find_suspects(self, held: Sequence[Eni], record: Mapping[str, str]) -> set[str]:
+        """The ENIs that a run here has attached, or has tried to, and that EC2 does not show."""
+        suspects = {self.lock.tried_for_state_file}
+        if record.get("ATTACHMENT_ID", NULL) != NULL:
+            suspects.add(record_of(record, self.instance.id))
+        return suspects - {eni.id for eni in held} - {""}
+
+    def is_target(self, eni: Eni, record: Mapping[str, str]) -> bool:
+        """Whether the ENI is of the name, or one that this host attached under another name."""
+        if eni.name == self.instance.name:
+            return True
+        if self.named:
+            return eni.id == record.get("ENI_ID") and record.get("ASG_NAME") == self.instance.name
+        return eni.id in (record.get("ENI_ID"), self.lock.tried_for_state_file)
+
+    def detach_targets(self, held: Sequence[Eni]) -> list[Failure]:
+        """Have EC2 detach the targets; what it says of those that it refuses to detach."""
+        refusals: list[Failure] = []
+        for eni in held:
+            try:
+                if eni.attachment in self.targets:
+                    self.detach(eni)
+            except Failure as error:
+                if not concerns_one_eni(error):
+                    raise
+                refusals.append(error)
+        return refusals
+
+    def find_remaining(self, held: Sequence[Eni]) -> list[Eni]:
+        """The targets that EC2 still shows here, or whose devices are still there.
+
+        An ENI that a waiting run of --attach has attached again meanwhile is not among them.
+        """
+        remaining = [eni for eni in held if eni.attachment in self.targets]
+        held_ids = {eni.id for eni in held}
+        for eni in self.targets.values():
+            if eni.id not in held_ids and find_device(eni.mac):
+                remaining.append(eni)
+        return remaining
+
+    def detach(self, eni: Eni) -> None:
+        now = self.deadline.elapsed()
+        if eni.attachment_status == "detaching" or now < self.ask_again_at.get(eni.attachment, now):
+            return
+        call = f"detach {eni.attachment}"
+        self.refusals.check(call)
+        try:
+            self.aws.detach(eni.attachment)
+        except Failure as error:
+            if not is_refusal(error):
+                raise
+            raise self.refusals.note(call, about(eni, error)) from None
+        self.ask_again_at[eni.attachment] = now + ASK_AGAIN
+
+    def write_record(
+        self, held: Sequence[Eni], remaining: Sequence[Eni], record: Mapping[str, str]
+    ) -> None:
+        """Say in the state file what is gone, unless that would be untrue."""
+        recorded = record.get("ENI_ID", NULL)
+        remaining_ids = {eni.id for eni in remaining}
+        gone = [eni for eni in self.targets.values() if eni.id not in remaining_ids]
+        if any(eni.id == recorded for eni in held) or (remaining and not gone):
+            return
+        values = without_attachment(record) if record else state_values(self.instance, None, None)
+        gone.sort(key=lambda eni: eni.id == recorded)  # the recorded one has the last word
+        for eni in gone:
+            values = without_attachment(state_values(self.instance, eni, None))
+            values["GW"] = self.gateways.get(eni.attachment, NULL)
+            if eni.id == recorded and values["GW"] == NULL:
+                values["GW"] = record.get("GW", NULL)
+        if values != record:
+            write_state_file(self.lock.state_file, values)
+
+
+def record_of(record: Mapping[str, str], instance: str) -> str:
+    """The ENI of a state file that was written for this instance; empty where it was not."""
+    if record.get("INSTANCE_ID") != instance or record.get("ENI_ID", NULL) == NULL:
+        return ""
+    return record["ENI_ID"]
+
+
+# --- what EC2 refuses ---
+
+
+class Refusal(NamedTuple):
+    error: Failure
+    pause: float
+    until: float
+
+
+class Refusals:
+    """The calls that EC2 refused. Each may be repeated after a pause, which doubles each time."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+        self.by_call: dict[str, Refusal] = {}
+
+    def check(self, call: str) -> None:
+        """Raise the call's last error again while its pause lasts."""
+        refusal = self.by_call.get(call)
+        if refusal and self.deadline.elapsed() < refusal.until:
+            raise refusal.error.with_traceback(None)
+
+    def note(self, call: str, error: Failure) -> Failure:
+        """The error, noted; it is logged if it is not the one of the last time."""
+        first, longest = REFUSAL_PAUSES
+        last = self.by_call.get(call)
+        pause = min(last.pause * 2, longest) if last else first
+        if last is None or str(last.error) != str(error):
+            log.info("%s", error)
+        self.by_call[call] = Refusal(error, pause, self.deadline.elapsed() + pause)
+        return error
+
+
+def nothing_left(refusals: Sequence[Failure], waiting_for: Sequence[str] = ()) -> Failure:
+    """The Failure for a round in which EC2 refused each call; it names each ENI."""
+    reasons = [str(error) for error in refusals] + list(waiting_for)
+    if waiting_for or any(isinstance(error, NotYet) for error in refusals):
+        return NotYet(list_some(reasons))
+    return NeedsPerson(list_some(reasons))
+
+
+def about(eni: Eni, error: Failure) -> Failure:
+    """The same error, in words that name the ENI."""
+    if error.aws_code == IN_USE:
+        return type(error)(f"{eni.id} was taken by another host meanwhile", error.aws_code)
+    return type(error)(f"{eni.id}: {error}", error.aws_code)
+
+
+def is_refusal(error: Failure) -> bool:
+    """Whether AWS understood the call and said no, so that it had no effect.
+
+    Credentials and the clock are not what the call is about.
+    """
+    if isinstance(error, Overloaded):
+        return False
+    return error.aws_code != "" and error.aws_code not in STALE_CREDENTIALS
+
+
+def concerns_one_eni(error: Failure) -> bool:
+    """Whether EC2 refused a call because of the ENI in it, so that another ENI may do."""
+    return is_refusal(error) and error.aws_code not in INSTANCE_NOT_READY | {NO_FREE_SLOT}
+
+
+def aws_failure(action: str, code: str, status: int, message: str) -> Failure:
+    """The Failure for an error answer of AWS."""
+    # EC2 uses this code for many errors; only the message tells them apart.
+    if code == "InvalidParameterValue" and "in use" in message:
+        code = IN_USE
+    elif code == "InvalidParameterValue" and "device index" in message:
+        code = INDEX_TAKEN
+    text = f"{HINTS.get(code, '')}{action}: {code}: {one_line(message)}"
+    # EC2 also says this of a resource that is somebody else's. The describe before an attach or a
+    # detach has just proved the credentials.
+    if code == "AuthFailure" and not action.startswith("Describe"):
+        code = NOT_PERMITTED_HERE
+    if code in DENIED:
+        reason = message.partition("Encoded authorization failure message")[0]
+        permission = f"{service_of(action)}:{action}"
+        return NeedsPerson(f"not allowed: {permission}: {one_line(reason)}", code)
+    if code in STALE_CREDENTIALS | INSTANCE_NOT_READY | ENI_NOT_READY:
+        return NotYet(text, code)
+    # botocore makes a code of the HTTP status where the body is not AWS's.
+    if code in THROTTLED or status >= 500 or status == 429 or code.isdigit():
+        return Overloaded(text, code)
+    return NeedsPerson(text, code)
+
+
+def service_of(action: str) -> str:
+    return "autoscaling" if "AutoScaling" in action else "ec2"
+
+
+# --- who this instance is ---
+
+
+def identify(
+    options: argparse.Namespace, deadline: Deadline, record: Mapping[str, str] | None = None
+) -> tuple[Instance, Aws]:
+    """This instance, and its way to AWS. Raises a Failure.
+
+    record: the state file, for --detach. If it was written for this instance, it tells the name
+    where no group does.
+    """
+    imds = Imds(deadline)
+    instance = Instance(
+        id=imds.get("meta-data/instance-id", r"i-[0-9a-f]{8,17}"),
+        zone=imds.get("meta-data/placement/availability-zone", ZONE_OR_REGION),
+        region=imds.get("meta-data/placement/region", ZONE_OR_REGION),
+    )
+    ignore_other_regions(instance.region)
+    aws = Aws(instance.region, deadline, options.dry_run, imds)
+
+    # IMDS has the tag only where instance tags in metadata are on; it saves an API call.
+    tag = "meta-data/tags/instance/aws:autoscaling:groupName"
+    name = options.name or imds.get(tag, r"[^\x00-\x1f]{1,255}", optional=True)
+    instance = instance._replace(name=name)
+    if name and options.verb is not attach:
+        return instance, aws
+    if name and target_state(imds) == "InService":
+        return instance._replace(state="InService"), aws
+    if record and record_of(record, instance.id):
+        with contextlib.suppress(Failure):
+            return add_group(instance, aws, options.name), aws
+        return instance._replace(name=record.get("ASG_NAME", "")), aws
+    return wait(lambda: add_group(instance, aws, options.name), deadline, POLL_EC2), aws
+
+
+def ignore_other_regions(region: str) -> None:
+    """An ENI can be attached in the instance's own region only: no other can be meant."""
+    for variable in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        value = os.environ.get(variable, region)
+        if value != region:
+            log.info(
+                "ignoring %s=%s, because this instance is in %s", variable, quoted(value), region
+            )
+
+
+def target_state(imds: Imds) -> str:
+    """The life-cycle state that the instance is to have, as IMDS has it; empty if IMDS has none.
+
+    An instance for which it has none can be in a group all the same.
+    """
+    return imds.get("meta-data/autoscaling/target-lifecycle-state", r"[A-Za-z:]{1,40}", True)
+
+
+def add_group(instance: Instance, aws: Aws, name: str | None) -> Instance:
+    """The instance with its group's name, unless it has a name, and with its life-cycle state."""
+    member = aws.members({instance.id}).get(instance.id)
+    if member is None and name is None:
+        raise NeedsPerson(f"{instance.id} is in no Auto Scaling group, and no -n NAME was given")
+    if member is None:
+        return instance
+    if not member.group or not member.state:
+        raise Overloaded(
+            f"DescribeAutoScalingInstances: {instance.id} without its group or its life-cycle state"
+        )
+    return instance._replace(name=instance.name or member.group, state=member.state)
+
+
+# --- time ---
 
 
 class Deadline:
-    """The point in time that no wait of this run outlives."""
+    """When this run is over. No wait outlives it."""
 
     def __init__(
         self,
@@ -304,252 +977,505 @@ class Deadline:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.seconds, self.clock, self.sleep = seconds, clock, sleep
+        self.seconds = seconds
+        self.clock = clock
+        self.sleep = sleep
         self.start = clock()
-        self.doing = "starting"
+        self.doing = "starting"  # for the message of a run that is cut off
+        self.next_report = FIRST_REPORT
 
-    def past(self) -> float:
+    def elapsed(self) -> float:
         return self.clock() - self.start
 
-    def left(self) -> float:
-        return max(0.0, self.seconds - self.past())
+    def remaining(self) -> float:
+        return max(0.0, self.seconds - self.elapsed())
 
-    def guard(self) -> None:
-        """From a thread of its own, end the process if it is still there past the deadline."""
+    def enforce(self) -> None:
+        """End the process if it is still there just after the deadline.
 
-        def give_up() -> None:
-            say(f"{self.doing}; gave up after {self.seconds:g} s")
-            os._exit(Failure.code)
+        A thread does it, because no signal handler of Python's runs while the main thread is stuck
+        in a C function such as getaddrinfo.
+        """
 
-        watchdog = threading.Timer(self.left() + OVERRUN, give_up)
-        watchdog.daemon = True
-        watchdog.start()
+        def end() -> None:
+            try:
+                log.info("%s; gave up after %g s", self.doing, self.seconds)
+            finally:
+                os._exit(Failure.exit_code)
+
+        timer = threading.Timer(self.remaining() + KILL_AFTER, end)
+        timer.daemon = True
+        timer.start()
+
+    def pause(self, seconds: float, reason: str) -> None:
+        """Sleep, and say why if the run has taken long. Raises Failure at the deadline."""
+        self.doing = reason
+        if self.remaining() <= seconds:
+            self.sleep(self.remaining())
+            raise Failure(f"{reason}; gave up after {self.seconds:g} s")
+        if self.elapsed() >= self.next_report:
+            log.info("waiting, %.0f s of %g s: %s", self.elapsed(), self.seconds, reason)
+            self.next_report = self.elapsed() * 2
+        self.sleep(seconds)
 
 
-def wait(attempt: Callable[[], T], deadline: Deadline, pause: float) -> T:
-    """What attempt returns, tried again every pause seconds while it raises NotYet.
+def wait(
+    attempt: Callable[[], T], deadline: Deadline, poll: Poll, patience: float = float("inf")
+) -> T:
+    """What attempt returns; it is tried again as long as it raises NotYet.
 
-    Raises the last Failure: any other at once, NeedsPerson after GRACE, NotYet at the deadline.
+    Raises its last error: Failure at once, NeedsPerson after GRACE, NotYet when patience is over,
+    and at the deadline Failure with the same reason.
     """
-    import random
-
-    slow, next_word = pause, FIRST_WORD
-    refused: float | None = None  # since when
+    pace = Pace(poll)
+    started = deadline.elapsed()
+    grace_ends: float | None = None
     while True:
         try:
             return attempt()
         except NeedsPerson as error:
-            refused = deadline.past() if refused is None else refused
-            if deadline.past() + pause > min(refused + GRACE, deadline.seconds):
+            if grace_ends is None:
+                grace_ends = min(deadline.elapsed() + GRACE, deadline.seconds)
+            if deadline.elapsed() + poll.quick > grace_ends:
                 raise
-            nap, reason = pause, str(error)
+            pause = poll.quick
+            reason = str(error)
         except NotYet as error:
-            refused, reason = None, str(error)
-            # All hosts of an account share its rates: who is throttled slows down at once, and
-            # comes back bit by bit. With jitter, or they would all come back together.
-            throttled = isinstance(error, Throttled)
-            slow = min(slow * 2, pause * BACK_OFF) if throttled else max(slow * 0.9, pause)
-            nap = random.uniform(max(slow / 2, pause), slow)
-        deadline.doing = reason
-        if deadline.left() <= nap:
-            deadline.sleep(deadline.left())
-            raise Failure(f"{reason}; gave up after {deadline.seconds:g} s")
-        if deadline.past() >= next_word:
-            say(f"waiting, {deadline.past():.0f} s of {deadline.seconds:g} s: {reason}")
-            next_word = deadline.past() * 2
-        deadline.sleep(nap)
+            if deadline.elapsed() - started >= patience:
+                raise
+            grace_ends = None
+            pause = pace.pause(error, deadline.elapsed())
+            reason = str(error)
+        deadline.pause(pause, reason)
 
 
-def run_ip(*arguments: str) -> Any:
-    """What `ip -json ARGUMENTS` says. Raises NotYet with the kernel's words."""
-    command = ["ip", "-json", *arguments]
-    trace(" ".join(command))
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5
-        )
-        if done.returncode == 0:
-            return json.loads(done.stdout or "[]")
-        words = done.stderr
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        words = str(error)
-    raise NotYet(f"{' '.join(command)}: {one_line(words)}")
+class Pace:
+    """How long a wait pauses: a short time at first, longer later, and longer under overload."""
+
+    def __init__(self, poll: Poll) -> None:
+        self.poll = poll
+        self.reason = ""
+        self.quick_until = 0.0
+        self.back_off = 0.0
+
+    def pause(self, error: NotYet, now: float) -> float:
+        import random
+
+        if str(error) != self.reason:
+            self.reason = str(error)
+            self.quick_until = now + QUICK_PHASE
+        usual = self.poll.quick if now < self.quick_until else self.poll.slow
+        # All hosts of an account share its rate limits. So each slows down fast and speeds up
+        # little by little, at random, because otherwise all would come back together.
+        if isinstance(error, Overloaded):
+            self.back_off = min(max(self.back_off, usual) * 2, self.poll.slowest)
+        else:
+            self.back_off = self.back_off * 0.9
+        longest = max(self.back_off, usual)
+        return random.uniform(max(longest / 2, usual), longest)
+
+
+# --- AWS ---
+
+
+class Member(NamedTuple):
+    """An instance in an Auto Scaling group. What AWS leaves out is empty."""
+
+    group: str
+    state: str
+
+
+class Aws:
+    """EC2 and Auto Scaling by boto3. Each call is made once, because wait() is what tries again.
+
+    botocore's own retries would sleep past the deadline, and hide the reason.
+    """
+
+    def __init__(self, region: str, deadline: Deadline, dry_run: bool, imds: Imds) -> None:
+        self.region = region
+        self.deadline = deadline
+        self.dry_run = dry_run
+        self.imds = imds
+        self.session: Any = None
+        self.loader: Any = None  # of botocore's data
+        self.clients: dict[str, Any] = {}
+        self.credentials_pause = CREDENTIAL_PAUSES[0]
+        self.credentials_until = 0.0  # not before then are new ones fetched
+
+    def enis_named(self, name: str) -> list[Eni]:
+        """All ENIs with exactly that Name tag, in all zones of the region."""
+        enis = self.enis("tag:Name", [escape_filter(name)])
+        return [eni for eni in enis if eni.name == name]
+
+    def enis_of(self, instance: str) -> list[Eni]:
+        """What the instance holds beside its primary ENI."""
+        return own_enis(instance, self.enis("attachment.instance-id", [instance]))
+
+    def enis_with_ids(self, ids: Collection[str]) -> list[Eni]:
+        """The ENIs with these ids, as far as they exist."""
+        if not ids:
+            return []
+        return self.enis("network-interface-id", sorted(ids))
+
+    def enis(self, filter_name: str, values: list[str]) -> list[Eni]:
+        by = [{"Name": filter_name, "Values": values}]
+        # EC2 refuses this action without a page size in an account that has very many ENIs.
+        items = self.describe("DescribeNetworkInterfaces", "NetworkInterfaces", 1000, Filters=by)
+        enis = [parse_eni(item) for item in dicts(items)]
+        return [eni for eni in enis if eni.id]
+
+    def members(self, instances: Collection[str]) -> dict[str, Member]:
+        """Those of the instances that are in an Auto Scaling group."""
+        members: dict[str, Member] = {}
+        ids = sorted(instances)
+        for start in range(0, len(ids), 50):  # Auto Scaling takes 50 at a time
+            batch = ids[start : start + 50]
+            items = self.describe(
+                "DescribeAutoScalingInstances", "AutoScalingInstances", 50, InstanceIds=batch
+            )
+            for item in dicts(items):
+                member = Member(
+                    member_of(item, "AutoScalingGroupName"), member_of(item, "LifecycleState")
+                )
+                members[member_of(item, "InstanceId")] = member
+        return members
+
+    def attach(self, eni: str, instance: str) -> str:
+        """Attach the ENI at the first free device index; the attachment's id."""
+        for index in DEVICE_INDEXES:
+            try:
+                answer = self.call(
+                    "AttachNetworkInterface",
+                    NetworkInterfaceId=eni,
+                    InstanceId=instance,
+                    DeviceIndex=index,
+                    NetworkCardIndex=0,
+                )
+            except NotYet as error:
+                if error.aws_code != INDEX_TAKEN:
+                    raise
+                continue
+            if "AttachmentId" not in answer:
+                raise Overloaded("AttachNetworkInterface: an answer without AttachmentId")
+            return str(answer["AttachmentId"])
+        raise NeedsPerson(f"{instance} has no free device index below {DEVICE_INDEXES.stop}")
+
+    def detach(self, attachment: str, force: bool = False) -> None:
+        """Begin to detach. To find it gone already is as good."""
+        arguments = {"Force": True} if force else {}
+        try:
+            self.call("DetachNetworkInterface", AttachmentId=attachment, **arguments)
+        except NotYet as error:
+            if error.aws_code != DETACHED_ALREADY:
+                raise
+
+    def call(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a call that changes something; with --dry-run it raises DryRun instead."""
+        from botocore import xform_name
+
+        if self.dry_run:
+            arguments["DryRun"] = True
+        with self.doing(action, arguments):
+            client = self.client(service_of(action))
+            known = client.meta.service_model.operation_model(action).input_shape.members
+            # Debian 11's botocore has no network cards. Where it has them, card 0 must be named:
+            # without it EC2 was seen to look at the indexes of another card (cilium pull 42512).
+            if "NetworkCardIndex" not in known:
+                arguments.pop("NetworkCardIndex", None)
+            answer: dict[str, Any] = getattr(client, xform_name(action))(**arguments)
+        return answer
+
+    def describe(
+        self, action: str, key: str, page_size: int, **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """What the answer has under key, from all of its pages."""
+        from botocore import xform_name
+
+        items: list[dict[str, Any]] = []
+        with self.doing(action, arguments):
+            paginator = self.client(service_of(action)).get_paginator(xform_name(action))
+            pages = paginator.paginate(**arguments, PaginationConfig={"PageSize": page_size})
+            for page in pages:
+                if key not in page:  # well-formed, but not AWS's: it does not say what exists
+                    raise Overloaded(f"{action}: an answer without {key}")
+                items += page[key]
+        return items
+
+    @contextlib.contextmanager
+    def doing(self, action: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around an API call: says what is being done, and turns all errors into ours."""
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from botocore.parsers import ResponseParserError
+
+        described = ", ".join(f"{key} {value}" for key, value in arguments.items())
+        self.deadline.doing = f"{action} ({described})"
+        log.debug("%s", self.deadline.doing)
+        try:
+            yield
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            details = error.response.get("Error", {})  # missing where the body is not AWS's
+            code = details.get("Code") or str(status)
+            if code == "DryRunOperation":
+                raise DryRun(f"would call {self.deadline.doing}: permitted") from None
+            if code in STALE_CREDENTIALS:
+                self.forget_credentials()
+            raise aws_failure(action, code, status, details.get("Message", "")) from None
+        except NoCredentialsError:
+            self.forget_credentials()
+            raise self.why_no_credentials() from None
+        except settings_errors() as error:
+            raise NeedsPerson(f"boto3: {one_line(error)}") from None
+        # LookupError and the like: botocore trips over answers that are not AWS's, or IMDS's.
+        except (BotoCoreError, ResponseParserError, LookupError, TypeError, ValueError) as error:
+            raise Overloaded(f"{action}: {one_line(error)}") from None
+
+    def client(self, service: str) -> Any:
+        import boto3
+        import botocore.session
+        from botocore.config import Config
+
+        if self.session is None:
+            core = botocore.session.Session()
+            # The loader keeps the models of the APIs, 6 MiB. All sessions can share it.
+            if self.loader is not None:
+                core.register_component("data_loader", self.loader)
+            self.loader = core.get_component("data_loader")
+            self.session = boto3.session.Session(botocore_session=core, region_name=self.region)
+        if service not in self.clients:
+            config = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 0})
+            self.clients[service] = self.session.client(service, config=config)
+        return self.clients[service]
+
+    def forget_credentials(self) -> None:
+        """Have the next call fetch new ones, but not at every poll of a long wait."""
+        now = self.deadline.elapsed()
+        if now < self.credentials_until:
+            return
+        self.session = None
+        self.clients = {}
+        self.credentials_until = now + self.credentials_pause
+        self.credentials_pause = min(self.credentials_pause * 2, CREDENTIAL_PAUSES[1])
+
+    def why_no_credentials(self) -> Failure:
+        """Why boto3 has none, as IMDS tells it."""
+        if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            return NeedsPerson("no credentials: AWS_EC2_METADATA_DISABLED keeps boto3 from IMDS")
+        folder = "meta-data/iam/security-credentials/"
+        role = self.imds.get_once(folder, r"[\w+=,.@-]+", optional=True)
+        if not role:
+            return NeedsPerson("no credentials: has the instance an IAM instance profile?")
+        answer = self.imds.get_once(folder + role, r"(?s)\s*\{.*\}\s*", optional=True)
+        try:
+            document = json.loads(answer or "{}")
+        except ValueError:
+            document = {}
+        code = str(document.get("Code", "no answer"))
+        reason = f"IMDS has no credentials of the role {role}: {quoted(code)}"
+        if "Message" in document:
+            reason += f": {one_line(document['Message'])}"
+        # "EC2 cannot assume the role": its trust policy, or the role itself, is missing.
+        if code.startswith("AssumeRole"):
+            return NeedsPerson(reason)
+        return Overloaded(reason)
+
+
+def settings_errors() -> tuple[type[Exception], ...]:
+    """boto3's errors about its own settings: AWS_PROFILE, a configuration file, half a key."""
+    from botocore import exceptions
+
+    return (
+        exceptions.ConfigNotFound,
+        exceptions.ConfigParseError,
+        exceptions.PartialCredentialsError,
+        exceptions.ProfileNotFound,
+    )
+
+
+def parse_eni(item: Mapping[str, Any]) -> Eni:
+    """The ENI of an item in EC2's answer. One that is odd has empty fields, and is not usable."""
+    attachment: Mapping[str, Any] = {}
+    for shown in dicts([item.get("Attachment")]):
+        if member_of(shown, "Status") != "detached":  # EC2 may go on to show the last one
+            attachment = shown
+    tags = {member_of(tag, "Key"): member_of(tag, "Value") for tag in dicts(item.get("TagSet"))}
+    addresses = [member_of(item, "PrivateIpAddress")]
+    for address in dicts(item.get("Ipv6Addresses")):
+        addresses.append(member_of(address, "Ipv6Address"))
+    owner = member_of(attachment, "InstanceOwnerId")
+    service = ""
+    if item.get("RequesterManaged"):
+        service = member_of(item, "RequesterId") or "an AWS service"
+    if owner and not owner.isdigit():
+        service = owner  # amazon-elb, amazon-aws …; an account is a number
+    return Eni(
+        id=member_of(item, "NetworkInterfaceId"),
+        mac=member_of(item, "MacAddress").lower(),
+        zone=member_of(item, "AvailabilityZone"),
+        ip=first_address(addresses),
+        name=tags.get("Name", ""),
+        fqdn=tags.get("FQDN", ""),
+        status=member_of(item, "Status"),
+        service=service,
+        holder=member_of(attachment, "InstanceId"),
+        attachment=member_of(attachment, "AttachmentId"),
+        attachment_status=member_of(attachment, "Status"),
+        device_index=number_of(attachment, "DeviceIndex", -1),
+        card_index=number_of(attachment, "NetworkCardIndex", 0),
+        since=member_of(attachment, "AttachTime"),
+        delete_on_termination=bool(attachment.get("DeleteOnTermination")),
+    )
+
+
+def member_of(item: Mapping[str, Any], key: str) -> str:
+    """The member of an answer as text; empty where it is missing."""
+    value = item.get(key)
+    return "" if value is None else str(value)
+
+
+def number_of(item: Mapping[str, Any], key: str, default: int) -> int:
+    value = item.get(key)
+    return value if isinstance(value, int) else default
+
+
+def first_address(addresses: Iterable[str]) -> str:
+    """The first that is an IP address, in the kernel's spelling; empty where none is."""
+    import ipaddress
+
+    for address in addresses:
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(address))
+    return ""
+
+
+def life_cycle_states(instances: Iterable[str], members: Mapping[str, Member]) -> dict[str, str]:
+    """The life-cycle state of each instance, without those for which Auto Scaling left it out."""
+    states: dict[str, str] = {}
+    for instance in instances:
+        state = members[instance].state if instance in members else NO_GROUP
+        if state:
+            states[instance] = state
+    return states
+
+
+def escape_filter(value: str) -> str:
+    """The value as EC2's filters take it literally: * and ? are wildcards, \\ escapes."""
+    return re.sub(r"([*?\\])", r"\\\1", value)
+
+
+def prepare_botocore() -> None:
+    """Have botocore ask IMDS for credentials patiently, and never through a proxy.
+
+    It tries once and for 1 s, which is too little at boot.
+    """
+    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
+    os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    host = imds_endpoint().split("//")[-1].rsplit("/")[0]
+    os.environ["no_proxy"] = f"{others},{host}"
+
+
+def check_ca_file() -> None:
+    """Raise NeedsPerson if boto3 could not read the CA file that the environment names.
+
+    boto3 would call it a failure of the connection, for which waiting might help.
+    """
+    for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        path = os.environ.get(variable)
+        if not path or os.path.isdir(path):
+            continue
+        try:
+            with open(path, "rb"):
+                return
+        except OSError as error:
+            raise NeedsPerson(
+                f"cannot read the CA file {path} of {variable}: {error.strerror}"
+            ) from None
+
+
+# --- the instance metadata service ---
 
 
 class Imds:
-    """The instance metadata service: version 2, or 1 where there is no token path."""
+    """Version 2; version 1 only where there is no token path.
+
+    botocore's own client of IMDS falls back to version 1 for other reasons, too, and has no
+    deadline.
+    """
 
     def __init__(self, deadline: Deadline) -> None:
         import requests
 
-        self.base = imds_endpoint() + "/latest/"
+        self.base = f"{imds_endpoint()}/latest/"
         self.deadline = deadline
         self.session = requests.Session()
-        self.session.trust_env = False  # a proxy would tell of its own instance
-        self.error = requests.RequestException
-        self.token: str | None = None
+        self.session.trust_env = False  # a proxy would answer for its own instance
+        self.request_error = requests.RequestException
+        self.token: str | None = None  # None: not asked for yet; empty: there is none
 
-    def ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
-        url = self.base + path
-        limit = min(2.0, self.deadline.left() + 0.1)
-        try:
-            answer = self.session.request(
-                method, url, headers=dict(headers), timeout=limit, allow_redirects=False
-            )
-            # requests does not mind a body that was cut off, nor does urllib3 before version 2.
-            whole = answer.raw.tell() >= int(answer.headers.get("Content-Length", 0))
-        except (self.error, ValueError) as error:
-            raise Throttled(f"IMDS, {method} {url}: {type(error).__name__}") from None
-        trace(f"IMDS, {method} {url}: {answer.status_code}")
-        html = answer.status_code == 200 and "html" in answer.headers.get("Content-Type", "")
-        if html or not whole:
-            raise Throttled(f"IMDS, {method} {url}: {'HTML' if html else 'cut off'}")
-        return answer.status_code, answer.content.decode("utf-8", "replace")
+    def get(self, path: str, pattern: str, optional: bool = False) -> str:
+        """The value at path as soon as IMDS has it; empty where it has none and it is optional."""
+        return wait(lambda: self.get_once(path, pattern, optional), self.deadline, POLL_LOCAL)
+
+    def get_once(self, path: str, pattern: str, optional: bool = False) -> str:
+        """As get, but raises Overloaded where IMDS does not answer with such a value yet."""
+        if self.token is None:
+            self.token = self.fetch_token()
+        headers = {"X-aws-ec2-metadata-token": self.token} if self.token else {}
+        status, body = self.request("GET", path, headers)
+        if status == 401:
+            self.token = None  # it has expired: the next attempt fetches another
+        if status == 404 and optional:
+            return ""
+        if status == 404:
+            raise Overloaded(f"IMDS at {self.base} has no {path}")
+        return self.checked(path, pattern, status, body)
 
     def fetch_token(self) -> str:
-        """A token for five minutes, empty where IMDS knows none. Raises as get does."""
-        ttl = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
-        status, text = self.ask("PUT", "api/token", ttl)
+        """A token for five minutes; empty where IMDS has no token path."""
+        lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
+        status, body = self.request("PUT", "api/token", lifetime)
         if status == 403:
             raise NeedsPerson(f"IMDS at {self.base} is switched off (403)")
         if status in (404, 405):
             return ""
-        if status != 200 or not re.fullmatch(r"[!-~]+", text):
-            raise Throttled(f"IMDS at {self.base}api/token answered {status} {show(text[:40])}")
-        return text
+        return self.checked("api/token", r"[!-~]+", status, body)
 
-    def get(self, path: str, pattern: str) -> str:
-        """The value at path, empty where there is none. Raises NeedsPerson where IMDS is off, and
-        Throttled for any other answer and for a value that does not match the pattern."""
-        if self.token is None:
-            self.token = self.fetch_token()
-        headers = {"X-aws-ec2-metadata-token": self.token} if self.token else {}
-        status, text = self.ask("GET", path, headers)
-        if status == 401:
-            self.token = None  # it has expired: the next attempt fetches another
-        if status == 404:
-            return ""
-        if status != 200 or not re.fullmatch(pattern, text):
-            raise Throttled(f"IMDS at {self.base}{path} answered {status} {show(text[:40])}")
-        return text
+    def request(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
+        url = self.base + path
+        self.deadline.doing = f"IMDS, {method} {url}"
+        try:
+            answer = self.session.request(
+                method,
+                url,
+                headers=dict(headers),
+                timeout=min(2.0, self.deadline.remaining() + 0.1),
+                allow_redirects=False,
+            )
+            expected = int(answer.headers.get("Content-Length", 0))
+        except (self.request_error, ValueError) as error:
+            raise Overloaded(f"IMDS, {method} {url}: {type(error).__name__}") from None
+        log.debug("IMDS, %s %s: %s", method, url, answer.status_code)
+        if len(answer.content) < expected:  # requests does not mind, nor does urllib3 before 2.0
+            raise Overloaded(f"IMDS, {method} {url}: the answer was cut off")
+        if answer.status_code == 200 and "html" in answer.headers.get("Content-Type", ""):
+            raise Overloaded(f"IMDS, {method} {url}: the answer is HTML")
+        return answer.status_code, answer.content.decode("utf-8", "replace")
 
-    def await_value(self, path: str, pattern: str, optional: bool = False) -> str:
-        """The value at path as soon as IMDS tells it; empty where it has none and need not."""
-
-        def attempt() -> str:
-            value = self.get(path, pattern)
-            if value or optional:
-                return value
-            raise Throttled(f"IMDS at {self.base} has no {path}")
-
-        return wait(attempt, self.deadline, POLL_HERE)
+    def checked(self, path: str, pattern: str, status: int, body: str) -> str:
+        if status == 200 and re.fullmatch(pattern, body):
+            return body
+        raise Overloaded(f"IMDS at {self.base}{path} answered {status} {quoted(body[:40])}")
 
 
 def imds_endpoint() -> str:
     """As botocore finds it (AWS SDKs and Tools Reference Guide, "IMDS credential provider")."""
     mode = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower()
-    stock = "http://[fd00:ec2::254]" if mode == "ipv6" else "http://169.254.169.254"
-    return (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or stock).rstrip("/")
+    default = "http://[fd00:ec2::254]" if mode == "ipv6" else "http://169.254.169.254"
+    return (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or default).rstrip("/")
 
 
-class Aws:
-    """EC2 and Auto Scaling by boto3. Each call is tried once: wait() is what tries again."""
-
-    def __init__(self, region: str, deadline: Deadline, dry_run: bool, imds: Imds) -> None:
-        self.region, self.deadline, self.dry_run, self.imds = region, deadline, dry_run, imds
-        self.forget()
-
-    def forget(self) -> None:
-        """Start over with new credentials at the next call."""
-        self.session: Any = None
-        self.clients: dict[str, Any] = {}
-
-    def client(self, service: str) -> Any:
-        import boto3
-        from botocore.config import Config
-
-        if service not in self.clients:
-            self.session = self.session or boto3.session.Session(region_name=self.region)
-            config = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 0})
-            self.clients[service] = self.session.client(service, config=config)
-        return self.clients[service]
-
-    def call(self, action: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one API call. Raises a Failure, and Rehearsed instead of any change."""
-        import botocore
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-        from botocore.parsers import ResponseParserError
-
-        rehearsal = self.dry_run and not action.startswith("Describe")
-        if rehearsal:
-            arguments["DryRun"] = True
-        told = ", ".join(f"{key} {value}" for key, value in arguments.items())
-        self.deadline.doing = f"{action} ({told})"
-        trace(self.deadline.doing)
-        try:
-            client = self.client("autoscaling" if "AutoScaling" in action else "ec2")
-            if action == "AttachNetworkInterface":
-                members = client.meta.service_model.operation_model(action).input_shape.members
-                if "NetworkCardIndex" in members:  # Debian 11's botocore does not know it
-                    arguments["NetworkCardIndex"] = 0
-            answer: dict[str, Any] = getattr(client, botocore.xform_name(action))(**arguments)
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            said = error.response.get("Error", {})  # nothing where the body is not AWS's
-            code, message = said.get("Code") or str(status), said.get("Message", "")
-            if rehearsal and code == "DryRunOperation":
-                raise Rehearsed(f"would call {action} ({told}): permitted") from None
-            if ERRORS.get(code) is NotYet:
-                self.forget()  # the credentials are too old, or too new
-            raise failure(action, code, status, message) from None
-        except NoCredentialsError:
-            self.forget()
-            if role := self.imds.get("meta-data/iam/security-credentials/", r"[\w+=,.@-]+"):
-                raise Throttled(f"IMDS has no credentials of the role {role}") from None
-            raise NeedsPerson("no credentials: has the instance an IAM instance profile?") from None
-        # LookupError and the like: botocore trips over answers that are not AWS's, or IMDS's.
-        except (BotoCoreError, ResponseParserError, LookupError, TypeError, ValueError) as error:
-            raise Throttled(f"{action}: {one_line(error)}") from None
-        return answer
-
-    def pages(self, action: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
-        """All that the answer has under key, from all of its pages. Raises a Failure."""
-        items: list[dict[str, Any]] = []
-        while True:
-            page = self.call(action, **arguments)
-            if key not in page:  # well-formed, but not AWS's: it does not say what exists
-                raise Throttled(f"{action}: an answer without {key}")
-            items += page[key]
-            if not page.get("NextToken"):
-                return items
-            arguments["NextToken"] = page["NextToken"]
-
-    def groups(self, instances: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """Group and life-cycle state of each of the instances that is in a group."""
-        ids, found = sorted(instances), {}
-        for start in range(0, len(ids), 50):  # more in one call are refused
-            for item in self.pages(
-                "DescribeAutoScalingInstances",
-                "AutoScalingInstances",
-                InstanceIds=ids[start : start + 50],
-            ):
-                if not item.keys() >= {"InstanceId", "AutoScalingGroupName", "LifecycleState"}:
-                    raise Throttled("DescribeAutoScalingInstances: an answer that lacks a state")
-                found[item["InstanceId"]] = (item["AutoScalingGroupName"], item["LifecycleState"])
-        return found
-
-    def enis(self, name: str) -> list[Eni]:
-        """All ENIs with exactly that Name tag, in all zones of the region."""
-        action, tag = "DescribeNetworkInterfaces", {"Key": "Name", "Value": name}
-        named = [{"Name": "tag:Name", "Values": [escape_filter(name)]}]
-        try:
-            items = self.pages(action, "NetworkInterfaces", Filters=named)
-            return [Eni.from_api(item) for item in items if tag in item.get("TagSet", [])]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Throttled(f"{action}: an answer that lacks {one_line(error)}") from None
-
-
-# --- what the kernel shows ---
+# --- the kernel ---
 
 
 def find_device(mac: str) -> str | None:
@@ -560,403 +1486,447 @@ def find_device(mac: str) -> str | None:
         raise Failure(f"cannot list /sys/class/net: {error.strerror}") from None
     for device in devices:
         path = f"/sys/class/net/{device}"
-        # OSError: it went while we looked, or is bonding_masters, which is no device.
-        with contextlib.suppress(OSError), open(f"{path}/address") as file:
-            # A VLAN or a bridge on the ENI has its MAC too, and links to what is below it.
+        try:
+            with open(f"{path}/address") as file:
+                address = file.read().strip()
+            # A VLAN or a bridge on the ENI has its MAC, too, and links to what is below it.
             stacked = any(entry.startswith("lower_") for entry in os.listdir(path))
-            if file.read().strip() == mac and not stacked:
-                return device
+        except OSError:  # it went while we looked, or is no device (bonding_masters)
+            continue
+        if address == mac and not stacked:
+            return device
     return None
 
 
 def read_network(eni: Eni) -> Network:
     """The ENI's device, up and with the ENI's address. Raises NotYet."""
-    import ipaddress
-
     device = find_device(eni.mac)
     if device is None:
         raise NotYet(f"no device with {eni.id}'s MAC address {eni.mac} has appeared")
-    try:
-        for link in run_ip("addr", "show", "dev", device):
-            for address in link.get("addr_info", []):
-                usable = "UP" in link["flags"] and not address.get("tentative")
-                if usable and address["local"] == eni.ip:
-                    interface = ipaddress.ip_interface(f"{eni.ip}/{address['prefixlen']}")
-                    v4_router = str(interface.network.network_address + 1)  # in every VPC subnet
-                    gateway = v4_router if interface.version == 4 else V6_ROUTER
-                    return Network(device, address["prefixlen"], gateway)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        what = f"ip -json addr show dev {device}"
-        raise NotYet(f"{what} is not understood: {one_line(repr(error))}") from None
+    if is_local(eni.ip):
+        for address in read_addresses(device):
+            unusable = address.get("tentative") or address.get("dadfailed")
+            if same_address(address.get("local"), eni.ip) and not unusable:
+                prefix = number_of(address, "prefixlen", -1)
+                return Network(device, prefix, gateway_of(eni.ip, prefix))
     raise NotYet(f"{device} is not up with {eni.id}'s address {eni.ip}")
+
+
+def is_local(ip: str) -> bool:
+    """Whether the kernel would accept packets for that address.
+
+    It takes no process, unlike `ip`, so that it can be asked ten times a second for minutes.
+    """
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((ip, 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
+def read_addresses(device: str) -> list[dict[str, Any]]:
+    """The addresses on the device, as `ip` lists them; none if it is down."""
+    addresses: list[dict[str, Any]] = []
+    links = run_ip("addr", "show", "dev", device)
+    if links and not dicts(links):
+        raise NotYet(f"ip -json addr show dev {device}: {quoted(str(links))} is no list of links")
+    for link in dicts(links):
+        flags = link.get("flags")
+        if isinstance(flags, list) and "UP" in flags:
+            addresses += dicts(link.get("addr_info"))
+    return addresses
+
+
+def has_rule(ip: str) -> bool:
+    """Whether a routing rule, as add_routes.py makes it, is for packets from that address."""
+    rules = run_ip("-6" if ":" in ip else "-4", "rule")
+    return any(same_address(rule.get("src"), ip) for rule in dicts(rules))
+
+
+def gateway_of(ip: str, prefix: int) -> str:
+    """A VPC's router has the first address of every IPv4 subnet, and the same one in IPv6.
+
+    Raises NotYet for a prefix length that is none.
+    """
+    import ipaddress
+
+    try:
+        interface = ipaddress.ip_interface(f"{ip}/{prefix}")
+    except ValueError:
+        raise NotYet(f"ip -json addr show dev: {ip} has no prefix length") from None
+    if interface.version == 6:
+        return IPV6_ROUTER
+    return str(interface.network.network_address + 1)
+
+
+def same_address(one: object, other: str) -> bool:
+    """Compare as addresses: there is more than one way to write an IPv6 address."""
+    return isinstance(one, str) and first_address([one]) == other
+
+
+def dicts(value: object) -> list[dict[str, Any]]:
+    """The objects in a list of JSON; what is odd is left out."""
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, dict)]
+
+
+def run_ip(*arguments: str) -> Any:
+    """What `ip -json ARGUMENTS` says. Raises NotYet with the kernel's words."""
+    command = ["ip", "-json", *arguments]
+    log.debug("%s", " ".join(command))
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5
+        )
+        if done.returncode == 0:
+            return json.loads(done.stdout or "[]")
+        problem = done.stderr
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    raise NotYet(f"{' '.join(command)}: {one_line(problem)}")
 
 
 # --- what is kept on disk ---
 
+STATE_KEYS = ("FQDN", "IP", "GW", "DEVICE", "ASG_NAME", "INSTANCE_ID", "ENI_ID", "ATTACHMENT_ID")
+NULL = "null"  # in the state file: there is none
 
-def write_state(path: str, here: Here, eni: Eni | None, network: Network | None) -> None:
-    """Replace the state file whole: what reads it sees the old one or the new. Raises Failure.
 
-    Without an attachment (after a detach) or without an ENI, what is unknown is null.
-    """
-    values = {
-        "FQDN": eni.fqdn if eni else "",
-        "IP": eni.ip if eni else "null",
-        "GW": network.gateway if network else "null",
-        "DEVICE": network.device if network and eni and eni.attachment else "null",
-        "ASG_NAME": here.name,
-        "INSTANCE_ID": here.instance,
-        "ENI_ID": eni.id if eni else "null",
-        "ATTACHMENT_ID": eni.attachment or "null" if eni else "null",
-    }
+def state_values(instance: Instance, eni: Eni | None, network: Network | None) -> dict[str, str]:
+    """What the state file says of an attachment, or of an instance without an ENI."""
+    values = dict.fromkeys(STATE_KEYS, NULL)
+    values.update(FQDN="", ASG_NAME=instance.name, INSTANCE_ID=instance.id)
+    if eni:
+        values.update(FQDN=eni.fqdn, IP=eni.ip, ENI_ID=eni.id, ATTACHMENT_ID=eni.attachment)
+    if network:
+        values.update(GW=network.gateway, DEVICE=network.device)
+    return values
+
+
+def without_attachment(values: Mapping[str, str]) -> dict[str, str]:
+    """What the state file says when nothing is attached any more."""
+    complete = {key: values.get(key, NULL) for key in STATE_KEYS}
+    return {**complete, "DEVICE": NULL, "ATTACHMENT_ID": NULL}
+
+
+def has_attachment(values: Mapping[str, str]) -> bool:
+    return values.get("ATTACHMENT_ID", NULL) != NULL or values.get("DEVICE", NULL) != NULL
+
+
+def read_state_file(path: str) -> dict[str, str]:
+    """What the state file says; empty where there is none that can be read as one."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            words = shlex.split(file.read(65536))
+    except (OSError, ValueError):
+        return {}
+    pairs = [word.partition("=") for word in words]
+    return {key: value for key, _, value in pairs if key in STATE_KEYS}
+
+
+def write_state_file(path: str, values: Mapping[str, str]) -> None:
+    """Replace it whole, so that a reader sees the old one or the new. Raises Failure."""
     path = os.path.realpath(path)
-    fresh = f"{path}.new"
+    temporary = f"{path}.new"
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh)  # left by a run that was killed
-        with open(fresh, "x", encoding="utf-8") as file:
+            os.unlink(temporary)  # left by a run that was killed
+        with open(temporary, "x", encoding="utf-8", errors="surrogateescape", newline="") as file:
             os.fchmod(file.fileno(), 0o644)
-            file.writelines(f"{key}={quote(value)}\n" for key, value in values.items())
+            for key, value in values.items():
+                file.write(f"{key}={quote_for_shell(value)}\n")
             file.flush()
             os.fsync(file.fileno())
-        os.rename(fresh, path)
+        os.rename(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.unlink(fresh)
+            os.unlink(temporary)
         raise Failure(f"cannot write the state file {path}: {error.strerror}") from None
 
 
-class Lock:
-    """One run at a time on this host, and a note of the ENI that was claimed last.
+def quote_for_shell(value: str) -> str:
+    """The value as sh, bash and systemd's EnvironmentFile all read it back, and never run it.
 
-    EC2 shows an attachment late. In a second run right after the first, or after a kill in
-    mid-claim, our ENI may still look free: without the note, its "in use" would be taken for a
-    lost race, and a second ENI of the pool for the remedy.
+    Without control characters, except tab and newline, and without Unicode's noncharacters: systemd
+    ignores a variable that has one of the former, and the whole file for one of the latter.
+    """
+    value = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufdd0-\ufdef]", "", value)
+    value = "".join(c for c in value if not f"{ord(c):04x}".endswith(("fffe", "ffff")))
+    return shlex.quote(value) if value else ""
+
+
+class Lock:
+    """Lets one step in at a time, and remembers the ENI that a run here last tried to attach.
+
+    It is never held across a wait: whoever runs this program by hand is let in at once.
+
+    EC2 shows an attachment late. To a run that comes right after another, or after one that was
+    killed, our own ENI may look free, and attaching it fails as "in use". Without this note the run
+    would think that another host had taken it, and take a second ENI of the pool.
     """
 
-    def __init__(self, path: str, deadline: Deadline) -> None:
+    def __init__(self, path: str, options: argparse.Namespace, deadline: Deadline) -> None:
+        self.path = path
+        self.state_file = options.state_file
+        self.deadline = deadline
+        self.tried = ""
+        self.tried_for_state_file = ""  # the same, if it was for the state file of this run
+        self.file: int | None = None
+        if options.dry_run:
+            return  # it changes nothing, and waits for nobody
         try:
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except PermissionError as error:
+            raise NeedsPerson(f"cannot open {path}: {error.strerror}; are you root?") from None
         except OSError as error:
             raise Failure(f"cannot open {path}: {error.strerror}") from None
 
-        def take() -> None:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise NotYet(f"another run of eni_ctl.py holds {path}") from None
-
-        wait(take, deadline, POLL_HERE)
-        self.claimed = os.pread(self.file, 64, 0).decode("ascii", "replace").strip()
-
-    def note(self, eni: str) -> None:
-        os.pwrite(self.file, eni.ljust(64).encode(), 0)
-        self.claimed = eni
-
-
-# --- steps ---
-
-
-def look_around(options: argparse.Namespace, deadline: Deadline) -> tuple[Here, Aws]:
-    """Who and where this instance is, and its door to AWS. Raises a Failure."""
-    imds = Imds(deadline)
-    instance = imds.await_value("meta-data/instance-id", r"i-[0-9a-f]{8,17}")
-    zone = imds.await_value("meta-data/placement/availability-zone", REGION)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-    region = region or imds.await_value("meta-data/placement/region", REGION)
-    if not re.fullmatch(REGION, region):
-        raise NeedsPerson(f"the region is {show(region)}, expected one like us-west-1")
-    aws = Aws(region, deadline, options.dry_run, imds)
-    # There only with instance tags in metadata switched on; it saves an API call.
-    tag = "meta-data/tags/instance/aws:autoscaling:groupName"
-    name = options.name or imds.await_value(tag, r"[^\x00-\x1f]{1,255}", optional=True)
-    if name:
-        path = "meta-data/autoscaling/target-lifecycle-state"
-        state = imds.await_value(path, r"[A-Za-z:]{1,40}", optional=True)
-        return Here(instance, zone, region, name, state), aws
-
-    def ask_group() -> tuple[str, str]:
-        if found := aws.groups([instance]).get(instance):
-            return found
-        raise NeedsPerson(f"{instance} is in no Auto Scaling group, and no -n NAME was given")
-
-    return Here(instance, zone, region, *wait(ask_group, deadline, POLL_EC2)), aws
-
-
-class Claim:
-    """The way of --attach to an ENI: looks, decides and acts, one step an attempt."""
-
-    def __init__(self, here: Here, aws: Aws, lock: Lock, deadline: Deadline, force: bool) -> None:
-        self.here, self.aws, self.lock = here, aws, lock
-        self.deadline, self.force = deadline, force
-        self.states: dict[str, str] = {}
-        self.states_due = 0.0
-        self.detaching: dict[str, float] = {}  # since when we know, by attachment
-        self.index = INDEXES.start
-
-    def attempt(self) -> Eni:
-        """The ENI that is attached here. Raises NotYet after a step that was not the last."""
-        enis = self.aws.enis(self.here.name)
-        step = decide(self.here, enis, self.states, self.force, self.lock.claimed)
-        if step.do == "wait" and self.deadline.past() >= self.states_due:
-            self.ask_states(enis)
-            step = decide(self.here, enis, self.states, self.force, self.lock.claimed)
-        if self.aws.dry_run and step.do in ("keep", "wait"):
-            what = step.why or f"{step.enis[0].id} is attached here"
-            raise Rehearsed(f"would {step.do}: {what}")
-        if step.do == "keep":
-            self.lock.note(step.enis[0].id)
-            return step.enis[0]
-        if step.do == "attach":
-            return self.attach_one(step.enis)
-        if step.do == "release":
-            self.release(step.enis[0], step.why)
-        raise NotYet(step.why)
-
-    def ask_states(self, enis: Sequence[Eni]) -> None:
-        """Learn our own life-cycle state and those of all holders."""
-        holders = {eni.holder for eni in enis if eni.holder.startswith("i-")}
-        found = self.aws.groups(holders | {self.here.instance})
-        self.states = {holder: found.get(holder, ("", "in no group"))[1] for holder in holders}
-        if self.here.instance in found:
-            self.here = self.here._replace(state=found[self.here.instance][1])
-        self.states_due = self.deadline.past() + POLL_STATES
-
-    def attach_one(self, enis: Sequence[Eni]) -> Eni:
-        """The first of the ENIs that nobody else takes before us."""
-        for eni in enis:
-            perhaps_ours = eni.id == self.lock.claimed
-            if not self.aws.dry_run:
-                self.lock.note(eni.id)
-            try:
-                return eni._replace(attachment=self.attach(eni), device_index=self.index)
-            except InUse:
-                if perhaps_ours:
-                    raise NotYet(f"{eni.id} is in use, EC2 does not show yet by whom") from None
-                self.lock.note("")
-                say(f"lost the race for {eni.id}")
-        raise NotYet(f"others took each network interface named {show(self.here.name)}")
-
-    def attach(self, eni: Eni) -> str:
-        """The id of the new attachment. This call is the claim; nothing else is."""
-        while self.index < INDEXES.stop:
-            try:
-                answer = self.aws.call(
-                    "AttachNetworkInterface",
-                    NetworkInterfaceId=eni.id,
-                    InstanceId=self.here.instance,
-                    DeviceIndex=self.index,
-                )
-            except IndexTaken:
-                self.index += 1
-                continue
-            if "AttachmentId" in answer:
-                return str(answer["AttachmentId"])
-            raise Throttled("AttachNetworkInterface: an answer without AttachmentId")
-        raise NeedsPerson(f"{self.here.instance} has no free device index below {self.index}")
-
-    def release(self, eni: Eni, why: str) -> None:
-        """Ask EC2 to detach it from its holder, first gently. Where it refuses, just wait."""
-        now = self.deadline.past()
-        overdue = now - self.detaching.setdefault(eni.attachment, now) > FORCE_AFTER
-        if eni.attachment_status == "detaching" and not overdue:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        if self.file is None:
+            yield
             return
-        say(f"{why}: detaching it there{', by force' if overdue else ''}")
+        wait(self.take, self.deadline, POLL_LOCAL)
         try:
-            self.aws.call("DetachNetworkInterface", AttachmentId=eni.attachment, Force=overdue)
-        except AlreadyGone:
-            trace(f"{eni.id} has just been released")
-        except Denied:
-            raise
-        except NeedsPerson as error:
-            raise NotYet(f"{why}, and EC2 does not detach it: {error}") from None
-        self.detaching[eni.attachment] = now
+            self.recall()
+            yield
+        finally:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
 
-
-# --- verbs: each returns what the user reads on stdout, and the exit code ---
-
-
-def attach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
-    lock = Lock(LOCK_FILE, deadline)
-    here, aws = look_around(options, deadline)
-    eni = wait(Claim(here, aws, lock, deadline, options.force).attempt, deadline, POLL_EC2)
-    deadline.doing = f"{eni.id} is attached, waiting for its device and address"
-    network = wait(lambda: read_network(eni), deadline, POLL_HERE)
-    write_state(options.state_file, here, eni, network)
-    return f"attached {eni.id} ({eni.ip}) as {network.device}", 0
-
-
-def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
-    lock = Lock(LOCK_FILE, deadline)
-    here, aws = look_around(options, deadline)
-    gone: dict[str, tuple[Eni, Network | None]] = {}
-
-    def let_go() -> None:
-        enis = aws.enis(here.name)
-        mine = attached_to(here.instance, enis)
-        hidden = any(eni.id == lock.claimed and not eni.holder for eni in enis)
-        if hidden and not gone and deadline.past() < GRACE:
-            raise NotYet(f"{lock.claimed} was claimed here, EC2 does not show it attached yet")
-        for eni in mine:
-            if eni.id not in gone:
-                gone[eni.id] = (eni, None)
-                with contextlib.suppress(NotYet):
-                    gone[eni.id] = (eni, read_network(eni))
-            if eni.attachment_status != "detaching":  # EC2 may show it as attached for a while yet
-                with contextlib.suppress(AlreadyGone):
-                    aws.call("DetachNetworkInterface", AttachmentId=eni.attachment)
-        if mine or any(find_device(eni.mac) for eni, _ in gone.values()):
-            raise NotYet(f"{', '.join(gone)} is being detached")
-
-    wait(let_go, deadline, POLL_EC2)
-    if aws.dry_run:
-        raise Rehearsed("would do nothing: no such network interface is attached here")
-    lock.note("")
-    for eni, network in gone.values():
-        write_state(options.state_file, here, eni._replace(attachment=""), network)
-    if gone:
-        return "detached " + ", ".join(f"{eni.id} ({eni.ip})" for eni, _ in gone.values()), 0
-    with contextlib.suppress(OSError), open(options.state_file, "rb") as file:
-        if file.read().endswith(b"\nATTACHMENT_ID=null\n"):  # it says so, and of which ENI
-            options.state_file = None
-    if options.state_file:
-        write_state(options.state_file, here, None, None)
-    return f"not attached: {here.instance} holds no ENI named {show(here.name)}", 0
-
-
-def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
-    here, aws = look_around(options, deadline)
-    enis = wait(lambda: aws.enis(here.name), deadline, POLL_EC2)
-    holders = {eni.holder for eni in enis if eni.holder.startswith("i-")}
-    found = wait(lambda: aws.groups(holders | {here.instance}), deadline, POLL_EC2)
-    state = {i: life_cycle for i, (_, life_cycle) in found.items()}
-    report: dict[str, Any] = {**here._asdict(), "state": state.get(here.instance, here.state)}
-    report["enis"] = [{**eni._asdict(), "holder_state": state.get(eni.holder, "")} for eni in enis]
-    code = 3
-    for mine in attached_to(here.instance, enis)[:1]:
-        code = 0
+    def take(self) -> None:
+        assert self.file is not None
         try:
-            report.update(read_network(mine)._asdict(), ip=mine.ip)
-            rules = run_ip("-6" if ":" in mine.ip else "-4", "rule")
-            report["rule"] = any(rule.get("src") == mine.ip for rule in rules)
-        except NotYet as error:
-            report["problem"], code = str(error), 1
-    return (json.dumps(report, indent=2) if options.json else table(report)), code
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NotYet(f"another run of eni_ctl.py holds {self.path}") from None
+
+    def recall(self) -> None:
+        """Read the note: one line, an ENI and a state file."""
+        assert self.file is not None
+        line, _, _ = os.pread(self.file, 8192, 0).decode("utf-8", "surrogateescape").partition("\n")
+        self.tried, _, state_file = line.strip().partition(" ")
+        self.tried_for_state_file = self.tried if state_file == self.state_file else ""
+
+    def remember(self, eni: str) -> None:
+        """Write the note, in one call, so that it is whole even after a kill."""
+        if self.file is None:
+            return
+        note = f"{eni} {self.state_file}\n" if eni else "\n"
+        os.pwrite(self.file, note.encode("utf-8", "surrogateescape"), 0)
+        self.tried = self.tried_for_state_file = eni
 
 
-def table(report: Mapping[str, Any]) -> str:
+# --- what the user reads ---
+
+
+def quoted(value: str) -> str:
+    """Text from elsewhere for a message: in quotes, on one line, in plain ASCII."""
+    return json.dumps(value[:300])
+
+
+def one_line(message: object) -> str:
+    return json.dumps(" ".join(str(message).split())[:600])[1:-1]
+
+
+def join_ids(enis: Iterable[Eni]) -> str:
+    return ", ".join(sorted({eni.id for eni in enis}))
+
+
+def list_some(clauses: Sequence[str]) -> str:
+    """The first few, so that the line stays readable."""
+    shown = "; ".join(clauses[:5])
+    more = len(clauses) - 5
+    return f"{shown}; and {more} more" if more > 0 else shown
+
+
+def add_network(report: dict[str, Any], eni: Eni) -> int:
+    """Add the kernel's part to the report of --status; the exit code."""
+    try:
+        report.update(read_network(eni)._asdict(), ip=eni.ip)
+        report["rule"] = has_rule(eni.ip)
+    except NotYet as error:
+        report["problem"] = str(error)
+        return Failure.exit_code
+    return 0
+
+
+def describe_state(
+    instance: Instance, enis: Sequence[Eni], states: Mapping[str, str]
+) -> dict[str, Any]:
+    """The report of --status, without the kernel's part."""
+    rows = []
+    warnings = []
+    for eni in enis:
+        problem = why_unusable(eni)
+        row = {**eni._asdict(), "holder_state": states.get(eni.holder, ""), "problem": problem}
+        rows.append(row)
+        if problem:
+            warnings.append(f"{eni.id} cannot be attached: it {problem}")
+        elif eni.delete_on_termination:
+            warnings.append(deletion_warning(eni))
+    return {
+        "instance": instance.id,
+        "zone": instance.zone,
+        "region": instance.region,
+        "name": instance.name,
+        "state": states.get(instance.id, ""),
+        "enis": rows,
+        "warnings": warnings,
+    }
+
+
+def status_table(report: Mapping[str, Any]) -> str:
     """The report of --status for people."""
-    state = report["state"] or "in no group"
+    name = quoted(report["name"])
     lines = [
-        f"instance  {report['instance']} in {report['zone']}, {state}",
-        f"name      {show(report['name'])}",
+        f"instance  {report['instance']} in {report['zone']}, {report['state'] or 'state unknown'}",
+        f"name      {name}",
     ]
-    rows = [("eni", "address", "zone", "status", "holder")]
-    for eni in report["enis"]:
-        holder = f"{eni['holder'] or '-'} {eni['holder_state']}"
-        rows.append((eni["id"], eni["ip"], eni["zone"], eni["status"], holder))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if report["enis"]:
+        lines += eni_table(report["enis"])
+    else:
+        lines.append(f"eni       no network interface named {name} in {report['region']}")
     if "rule" in report:
-        lines.append(f"device    {report['device']}, {report['ip']}/{report['prefix']}")
-        lines[-1] += f", gateway {report['gateway']}"
-        hint = f"none: run add_routes.py -d {report['device']}, or replies may leave by eth0"
-        lines.append(f"rule      {'from ' + report['ip'] if report['rule'] else hint}")
+        device, ip = report["device"], report["ip"]
+        lines.append(f"device    {device}, {ip}/{report['prefix']}, gateway {report['gateway']}")
+        hint = f"none: run add_routes.py -d {device}, or replies may leave by another device"
+        lines.append("rule      " + (f"from {ip}" if report["rule"] else hint))
     else:
         lines.append(f"device    {report.get('problem', 'none: not attached here')}")
+    lines += report["warnings"]
     return "\n".join(lines)
+
+
+def eni_table(enis: Sequence[Mapping[str, str]]) -> list[str]:
+    rows = [["eni", "address", "zone", "status", "holder"]]
+    for eni in enis:
+        holder = eni["holder"] or eni["service"] or "-"
+        state = eni["holder_state"]
+        rows.append([eni["id"], eni["ip"] or "-", eni["zone"], eni["status"], f"{holder} {state}"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+class Stderr(io.TextIOBase):
+    """Stderr, as far as somebody reads it: a message must never fail, nor delay the run."""
+
+    def write(self, message: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            _, writable, _ = select.select([], [2], [], 0)
+            if writable:  # not a pipe that is full
+                os.write(2, message.encode("utf-8", "backslashreplace"))
+        return len(message)
 
 
 # --- the command line ---
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def trace(line: str) -> None:
-    if verbose:
-        say(line)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="eni_ctl.py", allow_abbrev=False, description=(__doc__ or "")[:95],
-                    epilog="Exit codes: 0 done; 1 failed for now, trying again can help; 2 usage; "
-                    "3 --status only: not attached; 4 a person must act.")  # fmt: skip
-    verb, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    for flag, name, function in (("-a", "--attach", attach), ("-d", "--detach", detach)):
-        verb.add_argument(flag, name, dest="verb", action="store_const", const=function,
-                          help=f"{name[2:]} it")  # fmt: skip
-    verb.add_argument("-s", "--status", dest="verb", action="store_const", const=status,
-                      help="say what is so, change nothing")  # fmt: skip
-    verb.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser = argparse.ArgumentParser(
+        prog="eni_ctl.py",
+        usage="%(prog)s (-a | -d | -s) [-n NAME] [-t SECONDS] [-f] [-o FILE] [--dry-run] [--json] "
+        "[-v] [--version]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb = parser.add_mutually_exclusive_group()
+    for short, long, function, explanation in (
+        ("-a", "--attach", attach, "attach the ENI, wait until its address is up"),
+        ("-d", "--detach", detach, "detach the ENI from this instance, wait until it is gone"),
+        ("-s", "--status", status, "show the current state; changes nothing"),
+    ):
+        verb.add_argument(
+            short, long, dest="verb", action="store_const", const=function, help=explanation
+        )
+    add = parser.add_argument
     add("-n", "--name", help="the ENI's Name tag, instead of the group's name")
     add("-t", "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-        help="for the whole run (default %(default)g)")  # fmt: skip
-    add("-f", "--force", action="store_true", help="take it even from a holder in service")
+        help="deadline for the whole run (default %(default)g)")  # fmt: skip
+    add("-f", "--force", action="store_true", help="take the ENI even from a holder in service")
     add("-o", "--state-file", default=STATE_FILE, metavar="FILE", help="default %(default)s")
     add("--dry-run", action="store_true", help="say what would be done; ask EC2 if it is allowed")
-    add("--json", action="store_true", help="--status for programs")
+    add("--json", action="store_true", help="the report of --status for programs")
     add("-v", "--verbose", action="store_true", help="report each request and command")
-    options = parser.parse_args(argv)
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.verb is None:
+        parser.error("one of -a, -d and -s is required")
+    check_options(parser, options)
+    return options
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse values that are out of range, and options that do not go together."""
+    path = options.state_file
     if options.name is not None and not re.fullmatch(r"[^\ud800-\udfff]{1,256}", options.name):
-        parser.error(f"-n {show(options.name)}: expected 1 to 256 characters of UTF-8")
+        parser.error(f"-n {quoted(options.name)}: expected 1 to 256 characters of UTF-8")
     if not 1 <= options.timeout <= 86400:
         parser.error(f"-t {options.timeout:g}: expected 1 to 86400 seconds")
-    path = options.state_file
     if not path or (os.path.exists(path) and not os.path.isfile(path)):
-        parser.error(f"-o {show(path)}: expected a regular file")
+        parser.error(f"-o {quoted(path)}: expected a regular file")
     if options.force and options.verb is not attach:
         parser.error("-f goes with -a")
     if options.json and options.verb is not status:
         parser.error("--json goes with -s")
     if options.dry_run and options.verb is status:
         parser.error("--dry-run goes with -a or -d")
-    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    global verbose
+    open_standard_files()
+    sys.stderr = Stderr()
     options = parse(argv)
-    verbose = options.verbose
-    gc.set_threshold(50_000)  # boto3 loads what stays: looking for garbage in it costs a tenth
-    # botocore gets its credentials from IMDS: it asks once and for 1 s, too little at boot, and it
-    # would ask a proxy.
-    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
-    os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
-    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    host = imds_endpoint().split("//")[-1].rsplit("/")[0]
-    os.environ["no_proxy"] = f"{no_proxy},{host}"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("eni_ctl.py: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    prepare_botocore()
     deadline = Deadline(options.timeout)
-    deadline.guard()
+    deadline.enforce()
     try:
-        text, code = options.verb(options, deadline)
-    except Rehearsed as result:
-        text, code = str(result), 0
+        check_ca_file()
+        answer, exit_code = options.verb(options, deadline)
+    except DryRun as result:
+        answer, exit_code = str(result), 0
     except Failure as error:
-        say(str(error))
-        return error.code
+        log.error("%s", error)
+        return error.exit_code
     except KeyboardInterrupt:
-        say(f"interrupted: {deadline.doing}")
+        log.error("interrupted: %s", deadline.doing)
         return 130
     except Exception as error:
-        if verbose:
+        if options.verbose:
             raise
-        say(f"unexpected {type(error).__name__}: {one_line(error)} (-v shows where)")
-        return Failure.code
+        log.error("unexpected %s: %s (-v shows where)", type(error).__name__, one_line(error))
+        return Failure.exit_code
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # the reader has seen enough; what is left must go somewhere
+        print(answer, flush=True)
+    except OSError:
+        # Nobody reads it. Python would complain when it flushes stdout at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(code)
+    return int(exit_code)
+
+
+def open_standard_files() -> None:
+    """Open those that are closed: else the next file would become stderr, and get its messages."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free one, which is this
 
 
 if __name__ == "__main__":
     exit_code = main()
-    gc.freeze()  # or Python would look for garbage once more: a quarter of the whole run
+    gc.freeze()  # skips Python's last garbage collection: a quarter of a run's CPU time
     raise SystemExit(exit_code)

@@ -10,14 +10,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import faults
+import places
 import pytest
-from lab import Lab, Machine
+from hypothesis import settings
+from lab import Lab, Machine, outcomes
+from lab.kernel import Kernel
 from lab.vpc import in_lab
+from lab.world import HOOKS, WATCH, Subject, World
+
+# The same examples in each run, and as much time for each as a busy machine needs.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
+
+# Where there is no lab: "none: " and why, set by tests/run.
+NO_LAB = os.environ.get("ENI_LAB", "").partition("none: ")[2]
+could_not_run: list[str] = []
+
+# The routing cases' columns. Another script, named by ADD_ROUTES, is judged with hooks alone, and
+# has a column of the name that ADD_ROUTES_COLUMN says.
+COLUMN = os.environ.get("ADD_ROUTES_COLUMN")
+COLUMNS = {HOOKS: "hooks", WATCH: "--watch"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "pure: decides only; no sockets, no other programs")
+    config.addinivalue_line("markers", "virtual_machine: boots Debian, whose image root must make")
+    config.addinivalue_line("markers", "several_users: a program in it becomes another user")
+    config.addinivalue_line("markers", "needs: what a routing case needs where it does not pass")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,7 +51,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, each followed by a short one: workers of pytest-xdist begin with two."""
+    """Without a lab only what needs none.
+
+    The longest first, each followed by a short one, because workers of pytest-xdist begin with two.
+    """
+    if NO_LAB:
+        could_not_run.extend(i.nodeid for i in items if not i.get_closest_marker("pure"))
+        items[:] = [item for item in items if item.get_closest_marker("pure")]
     longest = [item for item in items if "release" in getattr(item, "fixturenames", ())]
     others = [item for item in items if item not in longest]
     for number, item in enumerate(longest):
@@ -42,24 +68,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker tells the main process what it has tried."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["tried"] = faults.tried
+        session.config.workeroutput["tried"] = places.tried
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     for which, held in getattr(node, "workeroutput", {}).get("tried", {}).items():
-        faults.tried.setdefault(which, []).extend(held)
+        places.tried.setdefault(which, []).extend(held)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The faults that were tried, and how many of them were held; times that tests have noted."""
-    for line in faults.summary():
+    """The faults that were tried, and how many of them were held; what tests have noted."""
+    if could_not_run:
+        terminalreporter.write_line(f"could not run {len(could_not_run)} other tests: {NO_LAB}")
+    for line in places.summary():
         terminalreporter.write_line(line)
     for report in terminalreporter.getreports("passed"):
-        if report.when == "call" and report.user_properties:
+        noted = [pair for pair in report.user_properties if pair[0] != outcomes.PROPERTY]
+        if report.when == "call" and noted:
             terminalreporter.write_line(f"\n{report.nodeid}")
-            for what, seconds in report.user_properties:
-                terminalreporter.write_line(f"  {what}: {seconds:.1f} s")
+            for what, value in noted:
+                shown = f"{value:.1f} s" if isinstance(value, float) else str(value)
+                terminalreporter.write_line(f"  {what}: {shown}")
+    all_reports = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport)
+    ]
+    for line in outcomes.summary(all_reports):
+        terminalreporter.write_line(line)
 
 
 class ForbiddenError(BaseException):
@@ -111,3 +149,58 @@ def eni(lab: Lab, subnet: str) -> str:
 def machine(lab: Lab, subnet: str, eni: str) -> Machine:
     """An instance in the group web, in the ENI's subnet."""
     return lab.launch(subnet, group="web", ip="10.0.1.10")
+
+
+@pytest.fixture
+def bare(inside: None, tmp_path: Path) -> Iterator[Kernel]:
+    """A host without devices."""
+    kernel = Kernel(tmp_path)
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def kernel(bare: Kernel) -> Kernel:
+    """eth0 with the default route, and eth1 in the same subnets."""
+    bare.add_device("eth0", "10.0.1.5/24", "2001:db8:1::5/64")
+    bare.add_device("eth1", "10.0.1.22/24", "2001:db8:1::22/64")
+    bare.sh("ip route add default via 10.0.1.1 dev eth0")
+    bare.sh("ip -6 route add default via fe80::1 dev eth0")
+    return bare
+
+
+@pytest.fixture(scope="module")
+def shared_world(inside: None) -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    yield shared_world
+    shared_world.tidy()
+
+
+@pytest.fixture(params=[HOOKS] if COLUMN else [HOOKS, WATCH])
+def mode(request: pytest.FixtureRequest) -> str:
+    """How add_routes.py is called: by ifupdown's hooks, or as a service."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_host(
+    request: pytest.FixtureRequest, world: World, mode: str
+) -> Iterator[Callable[..., Subject]]:
+    """A host without devices. Options are those of --watch."""
+    case = outcomes.Case(request, mode, COLUMN or COLUMNS[mode])
+    subjects: list[Subject] = []
+
+    def make(*options: str, watch: bool = True) -> Subject:
+        subjects.append(Subject(world, mode, case, *options, watch=watch))
+        return subjects[-1]
+
+    yield make
+    for subject in subjects:
+        subject.stop()
+    assert COLUMN or not case.is_better_than_expected(), case.outcomes

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lab.aws import Aws, Instance
-from lab.vpc import ENDPOINT, IMDS, V6_ROUTER, Host, Vpc
+from lab.vpc import ENDPOINT, ENDPOINT6, IMDS, V6_ROUTER, Host, Vpc
 
 TOP = Path(__file__).parents[2]
 README = (TOP / "README.md").read_text()
@@ -34,6 +34,7 @@ class Machine(Host):
         self.instance = instance
         self.environment["AWS_CA_BUNDLE"] = str(aws.ca)
         names = "".join(f"{ENDPOINT} {name}\n" for name in aws.host_names)
+        names += "".join(f"{ENDPOINT6} {name}\n" for name in aws.host_names6)
         self.write("/etc/hosts", f"127.0.0.1 localhost\n{names}")
         self.run("rm", "-f", "/etc/resolv.conf")
         self.write("/etc/resolv.conf", "nameserver 127.0.0.1\n")  # nobody: an error at once
@@ -49,7 +50,7 @@ class Machine(Host):
         self.appeared = threading.Event()  # set when an ENI's device is there
 
     def eni_ctl(
-        self, *arguments: str, timeout: float = 60, **environment: str
+        self, *arguments: str, timeout: float = 400, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run eni_ctl.py as an administrator would."""
         return self.run("eni_ctl.py", *arguments, environment=environment, timeout=timeout)
@@ -85,7 +86,7 @@ class Machine(Host):
         """Wait until all devices that came or went are set up: ifupdown has done its work, and
         the kernel has found that no IPv6 address is in use by another (tentative ones are mute)."""
         for process in self.hotplugs:
-            code = process.wait(30)
+            code = process.wait(400)
             assert code == 0, (self.root / "ifup.log").read_text()
         self.hotplugs.clear()
         await_that(lambda: not self.ip("-6", "addr", "show", "tentative"))
@@ -134,7 +135,9 @@ class Lab:
     def __init__(self, directory: Path, region: str = "us-west-1") -> None:
         self.region = region
         self.vpc = Vpc()
-        self.aws = Aws(region=region, endpoint=ENDPOINT, imds=IMDS, ca_dir=directory)
+        self.aws = Aws(
+            region=region, endpoint=ENDPOINT, endpoint6=ENDPOINT6, imds=IMDS, ca_dir=directory
+        )
         self.aws.plug, self.aws.unplug = self.plug, self.unplug
         self.machines: dict[str, Pluggable] = {}
         self.hosts: list[Host] = []
@@ -201,7 +204,7 @@ class Lab:
         self.close()
 
 
-def await_that(condition: Callable[[], bool], seconds: float = 20) -> None:
+def await_that(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -213,6 +216,13 @@ def snippet(first_line: str) -> str:
     blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.M | re.S)
     (found,) = [block for block in blocks if block.startswith(f"{first_line}\n")]
     return str(found)
+
+
+def files_of_readme(folder: str) -> dict[str, str]:
+    """The code blocks of README.md that begin with the path of a file below the folder, as a
+    comment, by those paths."""
+    blocks = re.findall(rf"^```\w*\n(# ({folder}/\S+)\n.*?)^```$", README, re.M | re.S)
+    return {path: text for text, path in blocks}
 
 
 def addresses(eni: Any) -> Sequence[str]:

@@ -3,8 +3,10 @@
 moto keeps the world (VPC, ENIs, instances, groups, roles), reads requests, checks signatures and
 policies, and writes answers. What it lacks is added here and in the neighbours:
 
-    lab.ec2    permission, throttling, EC2's refusals, filters and paging
+    lab.ec2    permission, clocks, throttling, EC2's refusals, filters and paging
     lab.imds   the metadata service
+    lab.knobs  all that a test may change
+    lab.odd    items of answers that lack something, or that are spelt in another way
     lab.wire   HTTP, and requests that go wrong on demand
     this file  the world, and the phases of an attachment in time
 
@@ -23,7 +25,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -33,8 +35,9 @@ from moto.ec2.models import ec2_backends
 from moto.iam.models import iam_backends
 from moto.sts.models import sts_backends
 
-from lab.ec2 import MESSAGES, Port, error_answer, perform, refuse
-from lab.imds import ACCOUNT, INSTANCE_TYPE, ROLE, imds_error, metadata
+from lab.ec2 import DENIED, MESSAGES, LabEni, error_answer, perform, refuse
+from lab.imds import ACCOUNT, INSTANCE_TYPE, ROLE, SLOTS, imds_error, metadata
+from lab.knobs import Change, Denial, Knobs, Refusal
 from lab.wire import Answer, Fault, Handler, Listener, authority, server_context
 
 T = TypeVar("T")
@@ -64,11 +67,23 @@ class Instance:
     primary: Any
     member: Any  # its entry in the group
     group: str | None
-    max_interfaces: int
+    max_interfaces: int  # on each network card
     tags_in_imds: bool
     role: bool
     tokens: str
+    cards: int = 1  # network cards
+    user_data: str = ""
     credentials: Any = None
+    # The code of the document that IMDS has in the place of the role's credentials. IAM User Guide,
+    # "Troubleshoot IAM and Amazon EC2".
+    role_error: str = ""
+    # Its clock, compared with AWS's: -3600 is an hour behind. Each service has its own code for
+    # that, if `skew_codes` names no other.
+    clock_offset: float = 0.0
+    skew_codes: dict[str, str] = field(default_factory=dict)
+    target_in_imds: bool = True  # False: IMDS has no target-lifecycle-state, though in a group
+    warm_pool: str = "Stopped"  # Running, Hibernated: where an instance of the warm pool goes
+    change: Change = field(default=lambda item: item)  # of the member that Auto Scaling describes
 
     def __post_init__(self) -> None:
         self.id: str = self.model.id
@@ -89,39 +104,39 @@ class Instance:
         self.member.lifecycle_state = state
 
 
-class Aws:
-    """One region of one account. All times are seconds, and may be changed while it runs."""
+class Aws(Knobs):
+    """One region of one account. Its knobs may be changed while it runs."""
 
     def __init__(
         self,
         *,
         region: str = "us-west-1",
         endpoint: str = "203.0.113.10",
+        endpoint6: str = "",
         imds: Sequence[str] = ("169.254.169.254",),
         ca_dir: Path,
     ) -> None:
-        self.region, self.endpoint, self.imds_addresses = region, endpoint, tuple(imds)
+        super().__init__()
+        self.region, self.imds_addresses = region, tuple(imds)
+        self.endpoints = [address for address in (endpoint, endpoint6) if address]
         self.host_names = [f"{name}.{region}.amazonaws.com" for name in ("ec2", "autoscaling")]
+        # Only these are reached by IPv6 (EC2 Developer Guide, "Service endpoints").
+        self.host_names6 = [f"{name}.{region}.api.aws" for name in ("ec2", "autoscaling")]
         self.ca = ca_dir / "ca.pem"
-        self.attach_delay = self.detach_delay = self.shutdown_delay = 0.2
-        self.describe_lag = self.imds_lag = 0.0
-        self.credential_seconds = 6 * 3600
-        self.page_size = 1000
-        self.throttle: dict[str, tuple[int, float]] = {}  # see EC2_THROTTLE
-        # Called in the lab's timer thread with an instance id and moto's ENI.
-        self.plug: Callable[[str, Any], object] = lambda instance_id, eni: None
-        self.unplug: Callable[[str, Any], object] = lambda instance_id, eni: None
-        self.never_plug: set[str] = set()  # ENIs that are attached without a device appearing
-        self.stuck: set[str] = set()  # ENIs that stay "detaching" until forced
-        self.refuse_detach: set[str] = set()  # instances
+
+        # The world.
+        self.enis: dict[str, LabEni] = {}
+        self.instances: dict[str, Instance] = {}
+        self._vpc: Any = None
+
+        # What was asked.
         self.calls: list[Call] = []
         self.imds_calls: list[tuple[str, str, str]] = []  # method, path, source address
         self.imds_tokens: dict[str, tuple[str, float]] = {}  # token: (instance id, until)
-        self.ports: dict[str, Port] = {}
-        self.instances: dict[str, Instance] = {}
-        self._vpc: Any = None
-        self._faults: list[Fault] = []
         self.buckets: dict[str, tuple[float, float]] = {}  # action: (tokens, when)
+
+        # How it works.
+        self._faults: list[Fault] = []
         self._lock = threading.RLock()  # one request at a time changes the world
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
@@ -148,8 +163,8 @@ class Aws:
         self.set_policy({"Version": "2012-10-17", "Statement": [allow]})
         authority().cert_pem.write_to_path(str(self.ca))
         self._timer.start()
-        tls = server_context(tuple(self.host_names))
-        self._api = [Listener(self.endpoint, 443, self._answer_api, tls)]
+        tls = server_context((*self.host_names, *self.host_names6))
+        self._api = [Listener(ip, 443, self._answer_api, tls) for ip in self.endpoints]
         self.imds_up = True
 
     def stop(self) -> None:
@@ -210,6 +225,8 @@ class Aws:
         role: bool = True,
         tokens: Literal["required", "optional", "v1 only"] = "required",
         primary_name: str | None = None,
+        cards: int = 1,
+        user_data: str = "",
     ) -> Instance:
         with self._lock:
             model = self.ec2.run_instances(
@@ -230,9 +247,18 @@ class Aws:
             primary.delete_on_termination = True
             if primary_name is not None:
                 primary.add_tags({"Name": primary_name})
-            self.ports[primary.id] = Port(primary, "attached", plugged=0.0)
+            self.enis[primary.id] = LabEni(primary, "attached", plugged=0.0)
             instance = Instance(
-                model, primary, None, group, max_interfaces, tags_in_imds, role, tokens
+                model,
+                primary,
+                None,
+                group,
+                max_interfaces,
+                tags_in_imds,
+                role,
+                tokens,
+                cards,
+                user_data,
             )
             self.instances[instance.id] = instance
             if group is not None:
@@ -264,8 +290,19 @@ class Aws:
             instance.group, instance.member = group, groups[group].instance_states[-1]
             instance.life_cycle = life_cycle
 
+    def leave(self, instance: Instance) -> None:
+        """Take an instance out of its group, as DetachInstances has done in the end."""
+        with self._lock:
+            group = self.autoscaling.autoscaling_groups[instance.group or ""]
+            group.instance_states.remove(instance.member)
+            instance.group = instance.member = None
+
+    def halt(self, instance: Instance) -> None:
+        """Stop the instance, as a warm pool does. Its ENIs stay attached."""
+        vars(instance.model.instance_state).update(name="stopped", code=80)
+
     def _free_address(self, subnet_id: str) -> str:
-        taken = {address for port in self.ports.values() for address in port.addresses}
+        taken = {address for eni in self.enis.values() for address in eni.addresses}
         hosts = itertools.islice(self.ec2.get_subnet(subnet_id).cidr.hosts(), 9, None)
         return next(str(host) for host in hosts if str(host) not in taken)
 
@@ -279,8 +316,16 @@ class Aws:
         ipv6: Sequence[str] = (),
         tags: dict[str, str] | None = None,
         ipv4: bool = True,
+        interface_type: str = "interface",
+        owner: str = "",
+        status: str = "",
     ) -> str:
-        """A new ENI's id. With ipv4=False it has IPv6 addresses only."""
+        """A new ENI's id.
+
+        With ipv4=False it has IPv6 addresses only, if any. An ENI of type efa-only has no address.
+        With an owner, such as "amazon-aws", an AWS service made it for itself (RequesterManaged),
+        and holds it unless its status is "available".
+        """
         with self._lock:
             tags = dict(tags or {}) if name is None else {**(tags or {}), "Name": name}
             subnet = self.ec2.get_subnet(subnet_id)
@@ -289,21 +334,46 @@ class Aws:
             eni.ipv6_addresses = list(ipv6)
             others = [{"Primary": False, "PrivateIpAddress": other} for other in secondary]
             eni.private_ip_addresses.extend(others)
-            if not ipv4:
+            if not ipv4 or interface_type == "efa-only":
                 eni.private_ip_address, eni.private_ip_addresses = None, []
-            self.ports[eni.id] = Port(eni)
-            self.ports[eni.id].note()
+            lab_eni = LabEni(eni, interface_type=interface_type, owner=owner, status=status)
+            self.enis[eni.id] = lab_eni
+            lab_eni.append_history()
             return str(eni.id)
 
     def eni(self, eni_id: str) -> Any:
         """moto's model of the ENI."""
-        return self.port(eni_id).model
+        return self.lab_eni(eni_id).model
 
-    def port(self, eni_id: str) -> Port:
-        if eni_id not in self.ports:
+    def lab_eni(self, eni_id: str) -> LabEni:
+        if eni_id not in self.enis:
             message = f"The networkInterface ID '{eni_id}' does not exist"
             raise refuse("InvalidNetworkInterfaceID.NotFound", message)
-        return self.ports[eni_id]
+        return self.enis[eni_id]
+
+    def rename(self, eni_id: str, name: str) -> None:
+        """Change the ENI's Name tag."""
+        with self._lock:
+            self.ec2.create_tags([eni_id], {"Name": name})
+
+    def refuse(
+        self, action: str, resource: str, code: str, message: str, *, times: int = -1
+    ) -> Refusal:
+        """Let EC2 refuse an action for one ENI or instance; times=0 in the result ends it."""
+        refusal = Refusal(action, resource, code, message, times=times)
+        self.refusals.append(refusal)
+        return refusal
+
+    def deny(self, action: str, resource: str, why: str) -> Denial:
+        """Let IAM deny an action for one ENI or instance; `why` is a key of lab.ec2.DENIED.
+
+        It stands for conditions and for other policies than the role's, which moto does not judge.
+        """
+        if why not in DENIED:
+            raise ValueError(f"{why!r}: expected one of {', '.join(DENIED)}")
+        denial = Denial(action, resource, why)
+        self.denials.append(denial)
+        return denial
 
     def set_policy(self, document: dict[str, Any]) -> None:
         """Make this the only policy of the instances' role, from the next request on."""
@@ -311,21 +381,26 @@ class Aws:
 
     # --- attachments and shutdowns, in time
 
-    def attach(self, port: Port, instance: Instance, index: int) -> str:
+    def attach(self, eni: LabEni, instance: Instance, index: int, card: int = 0) -> str:
         with self._lock:
-            attachment_id = str(instance.model.attach_eni(port.model, index))
-            port.status = "attaching"
-            port.note()
-            self._later(self.attach_delay, lambda: self._plug(port, attachment_id))
+            slot = card * SLOTS + index
+            attachment_id = str(instance.model.attach_eni(eni.model, slot))
+            eni.attachment_status = "attaching"
+            eni.append_history()
+            self._later(self.attach_delay, lambda: self._plug(eni, attachment_id))
+            if eni.undone_after:
+                # aws/amazon-ecs-agent issue 1520.
+                after = eni.undone_after.pop(0)
+                self._later(after, lambda: self._release(eni, attachment_id))
             return attachment_id
 
-    def detach(self, port: Port, force: bool = False) -> None:
+    def detach(self, eni: LabEni, force: bool = False) -> None:
         with self._lock:
-            attachment_id = port.model.attachment_id
-            port.status = "detaching"
-            port.note()
-            if force or port.model.id not in self.stuck:
-                self._later(self.detach_delay, lambda: self._release(port, attachment_id))
+            attachment_id = eni.model.attachment_id
+            eni.attachment_status = "detaching"
+            eni.append_history()
+            if force or eni.model.id not in self.stuck:
+                self._later(self.detach_delay, lambda: self._release(eni, attachment_id))
 
     def terminate(self, instance: Instance) -> None:
         """Life cycle Terminating at once; terminated, and its ENIs free, after `shutdown_delay`."""
@@ -336,26 +411,26 @@ class Aws:
         self._later(half, lambda: state.update(name="shutting-down", code=32))
         self._later(2 * half, lambda: self._end(instance))
 
-    def _plug(self, port: Port, attachment_id: str) -> None:
-        eni = port.model
+    def _plug(self, lab_eni: LabEni, attachment_id: str) -> None:
+        eni = lab_eni.model
         if eni.attachment_id == attachment_id and eni.id not in self.never_plug:
-            port.plugged = time.monotonic()
+            lab_eni.plugged = time.monotonic()
             self.plug(eni.instance.id, eni)
         with self._lock:
-            if eni.attachment_id == attachment_id and port.status == "attaching":
-                port.status = "attached"
-                port.note()
+            if eni.attachment_id == attachment_id and lab_eni.attachment_status == "attaching":
+                lab_eni.attachment_status = "attached"
+                lab_eni.append_history()
 
-    def _release(self, port: Port, attachment_id: str) -> None:
-        eni = port.model
+    def _release(self, lab_eni: LabEni, attachment_id: str) -> None:
+        eni = lab_eni.model
         if eni.attachment_id != attachment_id:
             return
-        if port.plugged is not None and eni.device_index != 0:
+        if lab_eni.plugged is not None and eni.device_index != 0:
             self.unplug(eni.instance.id, eni)
         with self._lock:
             eni.instance.detach_eni(eni)
-            port.status, port.plugged = "", None
-            port.note()
+            lab_eni.attachment_status, lab_eni.plugged = "", None
+            lab_eni.append_history()
 
     def _end(self, instance: Instance) -> None:
         with self._lock:
@@ -363,11 +438,15 @@ class Aws:
             if instance.group is not None:
                 group = self.autoscaling.autoscaling_groups[instance.group]
                 group.instance_states.remove(instance.member)
-            held = [self.ports[eni.id] for eni in instance.model.nics.values()]
-        for port in held:
-            self._release(port, port.model.attachment_id)
+            held = [self.enis[eni.id] for eni in instance.model.nics.values()]
+        # The primary ENI has DeleteOnTermination, and so may others (EC2 User Guide, "Elastic
+        # network interfaces", "Termination behavior").
+        doomed = [eni.model.id for eni in held if eni.model.delete_on_termination]
+        for eni in held:
+            self._release(eni, eni.model.attachment_id)
         with self._lock:
-            del self.ports[instance.eni_id], self.ec2.enis[instance.eni_id]
+            for eni_id in doomed:
+                del self.enis[eni_id], self.ec2.enis[eni_id]
 
     def _later(self, delay: float, action: Callable[[], None]) -> None:
         with self._due:
@@ -449,7 +528,7 @@ class Aws:
     def _spoilt(self, connection: Handler, fault: Fault) -> Answer:
         if fault.says:
             return fault.says
-        if not connection.headers.get("Host", "").endswith(".amazonaws.com"):
+        if connection.headers.get("Host", "") not in (*self.host_names, *self.host_names6):
             return imds_error(fault.status)
         message = MESSAGES.get(fault.code, "spoilt by the lab")
         return error_answer(connection, fault.code, message, fault.status)
@@ -460,9 +539,9 @@ class Aws:
         self.imds_calls.append((connection.command, path, source))
 
         def make() -> Answer:
-            for port in self.ports.values():
-                if port.model.instance and source in port.addresses:
-                    instance = self.instances[port.model.instance.id]
+            for eni in self.enis.values():
+                if eni.model.instance and source in eni.addresses:
+                    instance = self.instances[eni.model.instance.id]
                     return metadata(self, instance, connection.command, path, connection.headers)
             # It was terminated, or a test forgot to bind its socket.
             return Answer(503, f"no instance has the address {source}".encode())

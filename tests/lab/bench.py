@@ -113,13 +113,13 @@ def bench_attach(lab: Lab, machine: Machine, eni_id: str, runs: int) -> None:
     machine.write("/root/bare.py", BARE)
     machine.write("/root/shell.sh", SHELL)
     machine.environment["AWS_DEFAULT_REGION"] = lab.region
-    port = lab.aws.port(eni_id)
+    lab_eni = lab.aws.lab_eni(eni_id)
 
     def free() -> None:
-        if port.model.attachment_id:
-            await_that(lambda: port.status == "attached")
-            lab.aws.detach(port)
-            await_that(lambda: not port.model.attachment_id)
+        if lab_eni.model.attachment_id:
+            await_that(lambda: lab_eni.attachment_status == "attached")
+            lab.aws.detach(lab_eni)
+            await_that(lambda: not lab_eni.model.attachment_id)
 
     instance = machine.instance.id
     contenders = {
@@ -142,25 +142,29 @@ def bench_usage(machine: Machine, runs: int) -> None:
 
 
 def bench_routes(machine: Machine, runs: int, count: int) -> None:
-    lines = [f"addr replace 10.0.1.{100 + n}/24 dev eth0" for n in range(count - 1)]
+    """The routes of an ENI with so many addresses, beside eth0."""
+    machine.ip("link", "add", "eth9", "type", "veth", "peer", "name", "peer9")
+    lines = ["link set eth9 up", "link set peer9 up"]
+    lines += [f"addr add 10.0.9.{100 + n}/24 dev eth9" for n in range(count)]
     run(*machine.command("ip", "-batch", "-"), stdin="\n".join(lines))
-    remove = [ADD_ROUTES, "-d", "eth0", "-r"]
-    machine.run(*remove)
-    planned = machine.run(ADD_ROUTES, "-d", "eth0", "--dry-run").stdout
+    remove = [ADD_ROUTES, "-d", "eth9", "-r"]
+    planned = machine.run(ADD_ROUTES, "-d", "eth9", "--dry-run").stdout
     machine.write("/root/routes.sh", f"set -e\n{planned}")
     contenders = {
         "python3 -IS -c pass": Contender([PYTHON, "-IS", "-c", "pass"]),
         "the same `ip` commands": Contender([SH, "/root/routes.sh"], lambda: machine.run(*remove)),
-        "add_routes.py": Contender([ADD_ROUTES, "-d", "eth0"], lambda: machine.run(*remove)),
-        "add_routes.py, no change": Contender([ADD_ROUTES, "-d", "eth0"]),
+        "add_routes.py": Contender([ADD_ROUTES, "-d", "eth9"], lambda: machine.run(*remove)),
+        "add_routes.py, no change": Contender([ADD_ROUTES, "-d", "eth9"]),
     }
     title = f"routes of {count}, {len(planned.splitlines())} commands"
     tell(title, compare(machine, runs, contenders), "python3 -IS -c pass")
+    machine.ip("link", "delete", "eth9")
 
 
 def bench_waits(lab: Lab, machine: Machine, eni_id: str, runs: int) -> None:
     """How soon what eni_ctl.py waits for is noticed."""
-    port, other = lab.aws.port(eni_id), lab.aws.launch(lab.aws.eni(eni_id).subnet.id, group="web")
+    lab_eni = lab.aws.lab_eni(eni_id)
+    other = lab.aws.launch(lab_eni.model.subnet.id, group="web")
     hook, times = lab.aws.plug, [0.0]
 
     def plug(instance_id: str, eni: Any) -> None:
@@ -178,19 +182,19 @@ def bench_waits(lab: Lab, machine: Machine, eni_id: str, runs: int) -> None:
     noticed: dict[str, list[float]] = {"the ENI's release, to the attach call": []}
     noticed["the device's address, to the end of the run"] = []
     for _ in range(runs):
-        lab.aws.attach(port, other, 1)
-        await_that(lambda: port.status == "attached")
+        lab.aws.attach(lab_eni, other, 1)
+        await_that(lambda: lab_eni.attachment_status == "attached")
         lab.aws.calls.clear()
         process = machine.start_eni_ctl("-a")
         await_that(lambda: len(lab.aws.calls) > 4)
-        lab.aws.detach(port)
+        lab.aws.detach(lab_eni)
         await_that(lambda: any(call.action.startswith("Attach") for call in lab.aws.calls))
         noticed["the ENI's release, to the attach call"].append(time.monotonic() - times[-1])
         process.communicate(timeout=60)
         end = time.monotonic()
         noticed["the device's address, to the end of the run"].append(end - times[-1])
-        lab.aws.detach(port)
-        await_that(lambda: not port.model.attachment_id)
+        lab.aws.detach(lab_eni)
+        await_that(lambda: not lab_eni.model.attachment_id)
     print(f"\n{'noticed after':42}  median s   max s")
     for what, seconds in noticed.items():
         print(f"{what:44}{statistics.median(seconds):8.2f}{max(seconds):8.2f}", flush=True)

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
@@ -22,24 +23,39 @@ from moto.autoscaling.responses import AutoScalingResponse
 from moto.core.exceptions import ServiceException
 from moto.core.request import Request
 from moto.core.responses import ActionResult, EmptyResult
+from moto.core.utils import utcnow
 from moto.ec2.responses import EC2Response
 from moto.iam.access_control import IAMRequest
 from werkzeug.exceptions import HTTPException
 from werkzeug.test import EnvironBuilder
 
-from lab.imds import ACCOUNT, INSTANCE_TYPE, expired
+from lab.imds import ACCOUNT, INSTANCE_TYPE, SLOTS, expired
+from lab.knobs import Change
 from lab.wire import Answer, Handler
 
 if TYPE_CHECKING:
-    from lab.aws import Aws
+    from lab.aws import Aws, Instance
 
 # action: (bucket size, refill per second) of one account in one region. Attach and Detach are
-# "mutating actions"; Describe has the large bucket for naming a filter, else it is (50, 10). Auto
-# Scaling publishes no numbers. https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html
+# "mutating actions". A describe call with neither filter nor page size has a bucket of its own.
+# Auto Scaling publishes no numbers.
+# https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html
+UNFILTERED = "DescribeNetworkInterfaces, unfiltered and unpaginated"
 EC2_THROTTLE = {
     "DescribeNetworkInterfaces": (100, 20.0),
+    UNFILTERED: (50, 10.0),
     "AttachNetworkInterface": (50, 5.0),
     "DetachNetworkInterface": (50, 5.0),
+}
+# In an account with very many ENIs, DescribeNetworkInterfaces wants pages or one of these filters.
+# API_DescribeNetworkInterfaces; aws/amazon-vpc-resource-controller-k8s issue 188.
+NARROW_FILTERS = {
+    "group-id",
+    "mac-address",
+    "private-dns-name",
+    "private-ip-address",
+    "subnet-id",
+    "vpc-id",
 }
 HTTP_STATUS = {  # of an error; every other code is a 400
     "DryRunOperation": 412,
@@ -49,6 +65,8 @@ HTTP_STATUS = {  # of an error; every other code is a 400
     "SignatureDoesNotMatch": 403,
     "InvalidClientTokenId": 403,
     "ExpiredToken": 403,
+    "RequestTimeTooSkewed": 403,
+    "OptInRequired": 403,
     "RequestLimitExceeded": 503,
 }
 MESSAGES = {
@@ -56,22 +74,68 @@ MESSAGES = {
     "Throttling": "Rate exceeded",
     "AuthFailure": "AWS was not able to validate the provided access credentials",
     "DryRunOperation": "Request would have succeeded, but DryRun flag is set.",
+    "OptInRequired": "You are not subscribed to this service. Please go to http://aws.amazon.com"
+    " to subscribe.",
+    "RequestExpired": "Request has expired.",
+    "RequestTimeTooSkewed": "The difference between the request time and the current time is too"
+    " large.",
+    "RequestInTheFuture": "The request's time stamp is in the future.",  # [ours]
+}
+
+# Why IAM denies an action, in the words of its error messages; {action} is "ec2:Attach…".
+# IAM User Guide, "Troubleshoot access denied error messages".
+DENIED = {
+    "no identity-based policy": "because no identity-based policy allows the {action} action",
+    "identity-based policy": "with an explicit deny in an identity-based policy",
+    "service control policy": "with an explicit deny in a service control policy",
+    "resource control policy": "with an explicit deny in a resource control policy",
+    "permissions boundary": "because no permissions boundary allows the {action} action",
+    "session policy": "because no session policy allows the {action} action",
+    "VPC endpoint policy": "because no VPC endpoint policy allows the {action} action",
+}
+
+# A request whose time stamp is further off is refused (EC2 API Reference, "Common errors").
+SKEW_LIMIT = 15 * 60
+# What each service is known to say then, if the instance's clock is (behind, ahead). EC2:
+# aws/aws-sdk-java issue 519. Auto Scaling: aws/aws-cli issue 602, aws/aws-sdk-ruby issue 522.
+SKEW_CODES = {
+    "ec2": ("RequestExpired", "AuthFailure"),
+    "autoscaling": ("SignatureDoesNotMatch", "SignatureDoesNotMatch"),
 }
 
 
 @dataclass
-class Port:
-    """An ENI: moto's model and what that has no room for."""
+class LabEni:
+    """An ENI: moto's model, and what moto has no room for."""
 
     model: Any
-    status: str = ""  # of the attachment: attaching, attached, detaching
+    attachment_status: str = ""  # attaching, attached, detaching
     plugged: float | None = None  # since when the device is there
+    # interface, efa, efa-only, nat_gateway, lambda … (API_NetworkInterface, InterfaceType).
+    interface_type: str = "interface"
+    # The AWS service that made the ENI for itself, as in InstanceOwnerId ("amazon-aws").
+    owner: str = ""
+    # A status that EC2 shows though the ENI has no attachment: pending, associated, in-use,
+    # attaching, detaching. With an owner, "available" is an ENI that its service has left behind.
+    status: str = ""
+    # Seconds after which EC2 undoes the next attachments, one each.
+    undone_after: list[float] = field(default_factory=list)
+    change: Change = field(default=lambda item: item)  # see lab.odd
     history: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def addresses(self) -> list[str]:
         ipv4 = [item["PrivateIpAddress"] for item in self.model.private_ip_addresses]
         return [*ipv4, *self.model.ipv6_addresses]
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """By moto's own index: its get_tags() reads every tag of the account for one ENI's."""
+        return dict(self.model.ec2_backend.tags.get(self.model.id, {}))
+
+    @property
+    def held_by_its_service(self) -> bool:
+        return bool(self.owner) and self.status != "available"
 
     def describe(self) -> dict[str, Any]:
         eni = self.model
@@ -82,35 +146,52 @@ class Port:
             "AvailabilityZone": eni.subnet.availability_zone,
             "Description": eni.description,
             "OwnerId": ACCOUNT,
-            "RequesterManaged": False,
+            "RequesterManaged": bool(self.owner),
             "SourceDestCheck": True,
-            "InterfaceType": "interface",
+            "InterfaceType": self.interface_type,
             "MacAddress": eni.mac_address,
             "Groups": [],
-            "TagSet": [{"Key": tag["key"], "Value": tag["value"]} for tag in eni.get_tags()],
+            "TagSet": [{"Key": key, "Value": value} for key, value in self.tags.items()],
             "PrivateIpAddresses": [
                 {"PrivateIpAddress": item["PrivateIpAddress"], "Primary": item["Primary"]}
                 for item in eni.private_ip_addresses
             ],
             "Ipv6Addresses": [{"Ipv6Address": address} for address in eni.ipv6_addresses],
-            "Status": "in-use" if eni.attachment_id else "available",
+            "Status": self.status or ("in-use" if eni.attachment_id else "available"),
         }
+        if self.owner:
+            result["RequesterId"] = self.owner
         if eni.private_ip_address:
             result["PrivateIpAddress"] = eni.private_ip_address
         if eni.attachment_id:
+            card, index = divmod(eni.device_index, SLOTS)
             result["Attachment"] = {
                 "AttachmentId": eni.attachment_id,
                 "InstanceId": eni.instance.id,
                 "InstanceOwnerId": ACCOUNT,
-                "DeviceIndex": eni.device_index,
-                "NetworkCardIndex": 0,
+                "DeviceIndex": index,
+                "NetworkCardIndex": card,
                 "AttachTime": eni.attach_time,
                 "DeleteOnTermination": eni.delete_on_termination,
-                "Status": self.status,
+                "Status": self.attachment_status,
+            }
+        elif self.held_by_its_service:
+            result["Status"] = self.status or "in-use"
+            result["Attachment"] = {
+                "AttachmentId": self.service_attachment,
+                "InstanceOwnerId": self.owner,
+                "DeviceIndex": 1,
+                "NetworkCardIndex": 0,
+                "DeleteOnTermination": False,
+                "Status": "attached",
             }
         return result
 
-    def note(self) -> None:
+    @property
+    def service_attachment(self) -> str:
+        return str(self.model.id).replace("eni-", "ela-attach-")
+
+    def append_history(self) -> None:
         self.history.append((time.monotonic(), self.describe()))
 
     def seen(self, lag: float) -> dict[str, Any]:
@@ -119,6 +200,14 @@ class Port:
             return self.describe()
         past = [what for when, what in self.history if when <= time.monotonic() - lag]
         return past[-1] if past else self.history[0][1]
+
+
+class Refused(ServiceException):
+    """An error answer with an HTTP status that the code alone does not tell."""
+
+    def __init__(self, code: str, message: str, status: int) -> None:
+        super().__init__(code, message)
+        self.status = status
 
 
 def refuse(code: str, message: str = "") -> ServiceException:
@@ -198,78 +287,142 @@ class Ec2(EC2Response):
         if size is not None and not 5 <= size <= 1000:
             message = f"Value ( {size} ) for parameter maxResults is invalid. Expecting 5 to 1000."
             raise refuse("InvalidParameterValue", message)
-        lag = self.aws.describe_lag
-        found = [self.aws.port(eni_id).seen(lag) for eni_id in ids or self.aws.ports]
         filters = self._filters_from_querystring()
         for name in filters:
             if name not in FILTERS and not name.startswith("tag:"):
                 raise refuse("InvalidParameterValue", f"The filter '{name}' is invalid")
+        narrow = bool(ids or size or NARROW_FILTERS & filters.keys())
+        if self.aws.large_account and not narrow:
+            message = "The account has too many network interfaces: use pagination."  # [ours]
+            raise refuse("OperationNotPermitted", message)
+        lag = self.aws.next_lags.pop(0) if self.aws.next_lags else self.aws.describe_lag
+        enis = [self.aws.lab_eni(eni_id) for eni_id in ids or self.aws.enis]
+        shown = [(eni, eni.seen(lag)) for eni in enis]
         for name, patterns in filters.items():
             regexes = [wildcard(pattern) for pattern in patterns]
-            found = [
-                eni
-                for eni in found
-                if any(r.fullmatch(v) for r in regexes for v in filter_values(eni, name))
+            shown = [
+                (eni, item)
+                for eni, item in shown
+                if any(r.fullmatch(v) for r in regexes for v in filter_values(item, name))
             ]
-        size = min(size or 1000, self.aws.page_size)
-        shown, token = page(found, self._get_param("NextToken"), size)
-        return ActionResult({"NetworkInterfaces": shown, "NextToken": token})
+        found = [eni.change(item) for eni, item in shown]
+        if size is None:
+            # All in one answer, however many (cilium/cilium pull 37983: 19,000).
+            return ActionResult({"NetworkInterfaces": found})
+        size = min(size, self.aws.page_size)
+        items, token = page(found, self._get_param("NextToken"), size)
+        return ActionResult({"NetworkInterfaces": items, "NextToken": token})
 
     def attach_network_interface(self) -> ActionResult:
-        port = self.aws.port(self._get_param("NetworkInterfaceId"))
+        eni = self.aws.lab_eni(self._get_param("NetworkInterfaceId"))
         instance = self.aws.instances.get(self._get_param("InstanceId"))
         if instance is None:
             message = f"The instance ID '{self._get_param('InstanceId')}' does not exist"
             raise refuse("InvalidInstanceID.NotFound", message)
-        index, card = self._get_int_param("DeviceIndex"), self._get_int_param("NetworkCardIndex", 0)
-        eni, nics = port.model, instance.model.nics
-        if eni.attachment_id:
-            raise refuse("InvalidNetworkInterface.InUse", f"Interface: [{eni.id}] in use.")
-        if instance.zone != eni.subnet.availability_zone:
-            message = (
-                "You may not attach a network interface to an instance"
-                " if they are not in the same availability zone"
-            )
-            raise refuse("InvalidParameterCombination", message)
-        if instance.model.state not in ("running", "stopped"):
-            # The words are AttachVolume's.
-            raise refuse("IncorrectState", f"Instance '{instance.id}' is not 'running'.")
-        if card != 0:
-            message = f"Network card index {card} exceeds the limit for {INSTANCE_TYPE}."  # [ours]
-            raise refuse("InvalidParameterValue", message)
-        if index in nics:
-            message = (
-                f"Instance '{instance.id}' already has an interface attached"
-                f" at device index '{index}'."
-            )
-            raise refuse("InvalidParameterValue", message)
-        if len(nics) >= instance.max_interfaces:
-            message = f"Interface count {len(nics) + 1} exceeds the limit for {INSTANCE_TYPE}"
-            raise refuse("AttachmentLimitExceeded", message)
-        attachment_id = self.aws.attach(port, instance, index)
-        return ActionResult({"AttachmentId": attachment_id, "NetworkCardIndex": 0})
+        index = self._get_int_param("DeviceIndex")
+        card = self._get_int_param("NetworkCardIndex")
+        check_refusals(self.aws, "AttachNetworkInterface", [eni.model.id, instance.id])
+        check_attachable(eni, instance)
+        check_slot(instance, index, card)
+        card = card or 0
+        attachment_id = self.aws.attach(eni, instance, index, card)
+        return ActionResult({"AttachmentId": attachment_id, "NetworkCardIndex": card})
 
     def detach_network_interface(self) -> ActionResult:
         attachment_id = self._get_param("AttachmentId")
-        ports = self.aws.ports.values()
-        port = next((port for port in ports if port.model.attachment_id == attachment_id), None)
-        if port is None:
+        eni = find_attachment(self.aws, attachment_id)
+        if eni is None:
             message = f"The network interface attachment ID '{attachment_id}' does not exist"
             raise refuse("InvalidAttachmentID.NotFound", message)
-        if port.model.device_index == 0:
+        if eni.held_by_its_service:
+            # boto/boto3 issue 2218, rebuy-de/aws-nuke issue 1232.
+            message = "You are not allowed to manage 'ela-attach' attachments."
+            raise refuse("OperationNotPermitted", message)
+        if eni.model.device_index == 0:
+            # redhat-performance/cloud-governance pull 950.
             primary = "The network interface at device index 0 and networkCard index 0"
             raise refuse("OperationNotPermitted", f"{primary} cannot be detached.")
-        holder = port.model.instance.id
+        holder = eni.model.instance.id
+        check_refusals(self.aws, "DetachNetworkInterface", [eni.model.id, holder])
         if holder in self.aws.refuse_detach:
             message = f"Instance '{holder}' is not in a valid state for this operation."  # [ours]
             raise refuse("IncorrectState", message)
         force = self._get_bool_param("Force", False)
-        if port.status == "detaching" and not force:
+        if eni.attachment_status == "detaching" and not force:
             # The code that EC2's list has for a resource in "an incorrect state for the request".
             message = f"Network interface attachment '{attachment_id}' is being detached."  # [ours]
             raise refuse("IncorrectState", message)
-        self.aws.detach(port, force)
+        self.aws.detach(eni, force)
         return EmptyResult()
+
+
+def find_attachment(aws: Aws, attachment_id: str | None) -> LabEni | None:
+    """The ENI that an attachment id belongs to."""
+    for eni in aws.enis.values():
+        own = eni.service_attachment if eni.held_by_its_service else eni.model.attachment_id
+        if own == attachment_id:
+            return eni
+    return None
+
+
+def check_refusals(aws: Aws, action: str, resources: list[str]) -> None:
+    """Refuse what Aws.refuse() says."""
+    for refusal in aws.refusals:
+        if refusal.strikes(action, resources):
+            raise Refused(refusal.code, refusal.message, refusal.status)
+
+
+def check_attachable(eni: LabEni, instance: Instance) -> None:
+    """Refuse what EC2 refuses because of the ENI itself, or of its and the instance's state."""
+    model = eni.model
+    if model.attachment_id or eni.held_by_its_service or eni.status:
+        if eni.owner and not eni.held_by_its_service:
+            # AWS's words for what is another's: aws/aws-k8s-tester issue 70, a detach.
+            raise Refused(
+                "AuthFailure", "You do not have permission to access the specified resource.", 400
+            )
+        # Also while it is "pending": hashicorp/terraform-provider-aws issue 27513.
+        raise refuse("InvalidNetworkInterface.InUse", f"Interface: [{model.id}] in use.")
+    if instance.zone != model.subnet.availability_zone:
+        message = (
+            "You may not attach a network interface to an instance"
+            " if they are not in the same availability zone"
+        )
+        raise refuse("InvalidParameterCombination", message)
+    if instance.model.state not in ("running", "stopped"):
+        # The words are AttachVolume's.
+        raise refuse("IncorrectState", f"Instance '{instance.id}' is not 'running'.")
+    if eni.interface_type.startswith("efa") and instance.model.state == "running":
+        # EC2 User Guide, "Elastic Fabric Adapter": an EFA is attached at the launch or to a
+        # stopped instance. hashicorp/terraform-provider-aws issue 44355.
+        message = (
+            f"Interface type '{eni.interface_type}' cannot be attached to a running"
+            f" instance: '{instance.id}'."  # [ours], as is the code
+        )
+        raise refuse("OperationNotPermitted", message)
+
+
+def check_slot(instance: Instance, index: int, card: int | None) -> None:
+    """Refuse a device index or a network card that the instance does not have free."""
+    if card is not None and card >= instance.cards:
+        message = f"Network card index {card} exceeds the limit for {INSTANCE_TYPE}."  # [ours]
+        raise refuse("InvalidParameterValue", message)
+    slots = [divmod(slot, SLOTS) for slot in instance.model.nics]
+    # A request that names no card is for card 0. But EC2 was seen to refuse it where the index
+    # is in use on any card: cilium/cilium pull 42512.
+    clashes = [slot for slot in slots if slot == (card, index)]
+    if card is None:
+        clashes = [slot for slot in slots if slot[1] == index]
+    if clashes:
+        message = (
+            f"Instance '{instance.id}' already has an interface attached at device index '{index}'."
+        )
+        raise refuse("InvalidParameterValue", message)
+    # Each card has a limit of its own: API_NetworkCardInfo, MaximumNetworkInterfaces.
+    on_card = [slot for slot in slots if slot[0] == (card or 0)]
+    if len(on_card) >= instance.max_interfaces:
+        message = f"Interface count {len(on_card) + 1} exceeds the limit for {INSTANCE_TYPE}"
+        raise refuse("AttachmentLimitExceeded", message)
 
 
 class AutoScaling(AutoScalingResponse):
@@ -285,9 +438,23 @@ class AutoScaling(AutoScalingResponse):
             message = "The number of instance ids that may be passed in is limited to 50"  # [ours]
             raise refuse("ValidationError", message)
         found = self.autoscaling_backend.describe_auto_scaling_instances(instance_ids=ids)
+        items = [self.describe_member(member) for member in found]
         size = min(size, self.aws.page_size)
-        shown, token = page(found, self._get_param("NextToken"), size)
+        shown, token = page(items, self._get_param("NextToken"), size)
         return ActionResult({"AutoScalingInstances": shown, "NextToken": token})
+
+    def describe_member(self, member: Any) -> dict[str, Any]:
+        """As in API_AutoScalingInstanceDetails."""
+        item = {
+            "InstanceId": member.instance_id,
+            "InstanceType": INSTANCE_TYPE,
+            "AutoScalingGroupName": member.auto_scaling_group_name,
+            "AvailabilityZone": member.availability_zone,
+            "LifecycleState": member.lifecycle_state,
+            "HealthStatus": "HEALTHY",
+            "ProtectedFromScaleIn": False,
+        }
+        return self.aws.instances[member.instance_id].change(item)
 
 
 def perform(aws: Aws, connection: Handler, body: bytes, action: str, dry_run: bool) -> Answer:
@@ -302,9 +469,10 @@ def perform(aws: Aws, connection: Handler, body: bytes, action: str, dry_run: bo
         data=body,
     ).get_environ()
     try:
-        if not token_left(aws, action):
-            raise refuse("RequestLimitExceeded" if service == "ec2" else "Throttling")
         response.setup_class(Request(environ))
+        if not token_left(aws, bucket(response, action)):
+            raise refuse("RequestLimitExceeded" if service == "ec2" else "Throttling")
+        check_clock(aws, response, service, connection)
         authorize(aws, response, service, action, connection, body)
         if dry_run:
             raise refuse("DryRunOperation")
@@ -313,6 +481,8 @@ def perform(aws: Aws, connection: Handler, body: bytes, action: str, dry_run: bo
     except OperationNotFoundError:
         message = f"The action {action} is not valid for this web service."
         return error_answer(connection, "InvalidAction", message, 400)
+    except Refused as error:
+        return error_answer(connection, error.code, error.message, error.status)
     except ServiceException as error:
         status = HTTP_STATUS.get(error.code, 400)
         return error_answer(connection, error.code, error.message, status)
@@ -344,20 +514,80 @@ def authorize(
     if session is None or expired(session):
         code = "RequestExpired" if service == "ec2" else "ExpiredToken"
         raise refuse(code, "The security token included in the request is expired")
+    name = f"{service}:{action}"
     try:
         iam.check_action_permitted("*")
     except HTTPException:
-        name = f"{service}:{action}"
-        message = (
-            f"User: {session.arn} is not authorized to perform: {name}"
-            f" because no identity-based policy allows the {name} action"
-        )
-        if service != "ec2":
-            raise refuse("AccessDenied", message) from None
-        message = f"You are not authorized to perform this operation. {message}."
-        if not action.startswith("Describe"):
-            message += f" Encoded authorization failure message: {secrets.token_urlsafe(300)}"
-        raise refuse("UnauthorizedOperation", message) from None
+        raise denied(session.arn, service, action, "", "no identity-based policy") from None
+    for denial in aws.denials:
+        for kind, resource in resources(aws, response, action):
+            if denial.action in (action, name) and denial.resource == resource:
+                arn = f"arn:aws:ec2:{aws.region}:{ACCOUNT}:{kind}/{resource}"
+                raise denied(session.arn, service, action, arn, denial.why)
+
+
+def denied(user: str, service: str, action: str, resource: str, why: str) -> ServiceException:
+    """AWS's refusal of what IAM denies: aws/karpenter-provider-aws issue 7370."""
+    name = f"{service}:{action}"
+    message = f"User: {user} is not authorized to perform: {name}"
+    if resource:
+        message += f" on resource: {resource}"
+    message += " " + DENIED[why].format(action=name)
+    if service != "ec2":
+        return refuse("AccessDenied", message)
+    message = f"You are not authorized to perform this operation. {message}."
+    if not action.startswith("Describe"):
+        message += f" Encoded authorization failure message: {secrets.token_urlsafe(300)}"
+    return refuse("UnauthorizedOperation", message)
+
+
+def resources(aws: Aws, response: Any, action: str) -> list[tuple[str, str]]:
+    """What a request would change, as (resource type, id): both kinds need the permission.
+
+    Service Authorization Reference, "Actions, resources, and condition keys for Amazon EC2".
+    """
+    eni_id = response._get_param("NetworkInterfaceId")
+    instance_id = response._get_param("InstanceId")
+    if action == "DetachNetworkInterface":
+        eni = find_attachment(aws, response._get_param("AttachmentId"))
+        eni_id = eni.model.id if eni else None
+        instance_id = eni.model.instance.id if eni and eni.model.instance else None
+    kinds = [("network-interface", eni_id), ("instance", instance_id)]
+    return [(kind, resource) for kind, resource in kinds if resource]
+
+
+def check_clock(aws: Aws, response: Any, service: str, connection: Handler) -> None:
+    """Refuse a request whose time stamp is too far off, in the service's own way.
+
+    All clocks are this machine's. So a request of an instance whose clock is an hour behind comes
+    to an AWS whose clock is an hour ahead.
+    """
+    session = aws.sts.get_assumed_role_from_access_key(response.access_key)
+    if session is None:
+        return
+    instance = aws.instances[session.session_name]
+    now = utcnow() - timedelta(seconds=instance.clock_offset)
+    sent = datetime.strptime(connection.headers.get("X-Amz-Date", ""), "%Y%m%dT%H%M%SZ")
+    behind = (now - sent).total_seconds()
+    if abs(behind) <= SKEW_LIMIT:
+        return
+    code = instance.skew_codes.get(service) or SKEW_CODES[service][behind < 0]
+    if "Signature" not in code:
+        raise refuse(code)
+    limit = now + timedelta(seconds=SKEW_LIMIT if behind < 0 else -SKEW_LIMIT)
+    stamps = [f"{when:%Y%m%dT%H%M%SZ}" for when in (sent, limit, now)]
+    words = "Signature expired: {} is now earlier than {} ({} - 15 min.)"
+    if behind < 0:
+        words = "Signature not yet current: {} is still later than {} ({} + 15 min.)"
+    raise refuse(code, words.format(*stamps))
+
+
+def bucket(response: Any, action: str) -> str:
+    """The name of the bucket that a request takes its token from."""
+    if action != "DescribeNetworkInterfaces":
+        return action
+    narrowed = response._filters_from_querystring() or response._get_int_param("MaxResults")
+    return action if narrowed or response._get_param("NetworkInterfaceIds") else UNFILTERED
 
 
 def token_left(aws: Aws, action: str) -> bool:

@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 """Packets as judges: `probe.py serve` tells each TCP caller its address as seen from here;
-`probe.py ask ADDRESS [SOURCE]` calls such a server, from SOURCE if given, and prints what it says.
+`probe.py ask ADDRESS [SOURCE]` calls such a server, from SOURCE if given, and prints what it says;
+`probe.py watch ADDRESS` calls it ten times a second, and prints a line when answers stop or start:
+"silent" or "answers", and the seconds since it last heard something.
 """
 
 from __future__ import annotations
@@ -8,9 +10,11 @@ from __future__ import annotations
 import select
 import socket
 import sys
+import time
 
 PORT = 7
-PATIENCE = 2.0  # seconds until a connection counts as failed
+PATIENCE = 5.0  # seconds until a connection counts as failed
+PACE = 0.1  # seconds between the calls of `watch`, and how long one of them waits
 
 
 def serve() -> None:
@@ -24,16 +28,34 @@ def serve() -> None:
                 connection.sendall(peer[0].encode())
 
 
-def ask(address: str, source: str | None) -> None:
+def call(address: str, source: str | None = None, patience: float = PATIENCE) -> str:
     bound = (source, 0) if source else None
-    with socket.create_connection((address, PORT), PATIENCE, source_address=bound) as connection:
-        print(connection.recv(100).decode())
+    with socket.create_connection((address, PORT), patience, source_address=bound) as connection:
+        return connection.recv(100).decode()
+
+
+def watch(address: str) -> None:
+    heard, said = time.monotonic(), ""
+    while True:
+        try:
+            call(address, patience=PACE)
+            now = "answers"
+        except OSError:
+            now = "silent"
+        if now != said:
+            print(now, round(time.monotonic() - heard, 1), flush=True)
+        if now == "answers":
+            heard = time.monotonic()
+            time.sleep(PACE)
+        said = now
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve()
+    if sys.argv[1] == "watch":
+        watch(sys.argv[2])
     try:
-        ask(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
+        print(call(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None))
     except OSError as error:
         sys.exit(f"probe.py: {error}")

@@ -1,58 +1,101 @@
 # shellcheck shell=sh
-# Sourced by tests/run and tests/demo: what they need, installed where missing, and the way in.
-# Debian packages by apt-get (as root), Python packages into .venv beside README.md.
+# Sourced by tests/run, tests/demo and tests/bench: what they need, installed where it is missing,
+# and the way into the lab. They set `here` to the folder tests/, and call set_up first.
+# Debian packages come by apt-get (as root), Python packages go into .venv beside README.md.
 
-top=$(cd "$(dirname "$0")/.." && pwd)
+top=${here%/tests}
 venv=$top/.venv
+cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/eni_ctl-lab # of the virtual machines' images
+program=tests/${0##*/}
 
-# program:package
-needed="ip:iproute2 nft:nftables unshare:util-linux ifup:ifupdown dhclient:isc-dhcp-client
-dnsmasq:dnsmasq-base systemd-analyze:systemd ping:iputils-ping
-/usr/share/doc/python3-boto3:python3-boto3 /usr/share/doc/python3-requests:python3-requests
-/usr/share/doc/python3-venv:python3-venv"
-needed_for_vms="qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mke2fs:e2fsprogs"
+debian_packages="iproute2 nftables util-linux ifupdown isc-dhcp-client dnsmasq-base systemd
+iputils-ping python3-boto3 python3-requests python3-venv"
+debian_packages_for_tests="keepalived radvd wireguard-go wireguard-tools dbus-daemon"
+debian_packages_for_images="qemu-system-x86 mmdebstrap e2fsprogs"
+venv_size=700 # MiB, with some room
 
-# Install what a list of program:package pairs asks for.
+say() { echo "$program: $*" >&2; }
+fail() {
+    say "$@"
+    exit 1
+}
+
+# The first line that a command said on its standard error, for a message.
+first_line() { sed -n '/[^[:space:]]/{s/^[[:space:]]*//;p;q}'; }
+
+# Fail unless there are so many MiB to write to below a directory, or where it will be made.
+need_disk() {
+    place=$1
+    while [ ! -d "$place" ]; do place=$(dirname "$place"); done
+    free=$(df --output=avail --block-size=1M "$place" | tail -1 | tr -d ' ')
+    [ "$free" -ge "$2" ] || fail "not enough disk: $1 needs $2 MiB, and $place has $free MiB"
+    [ -w "$place" ] || fail "cannot write to $place, where $1 is to be made: use a clone of your own"
+}
+
 install_packages() {
     missing=
-    for pair in "$@"; do
-        probe=${pair%:*}
-        PATH=$PATH:/usr/sbin:/sbin command -v "$probe" >/dev/null || [ -d "$probe" ] ||
-            missing="$missing ${pair#*:}"
+    for package in "$@"; do
+        state=$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null) || state=
+        [ "$state" = installed ] || missing="$missing $package"
     done
     [ -n "$missing" ] || return 0
-    if [ "$(id -u)" != 0 ]; then
-        echo "missing Debian packages; as root: apt-get install$missing" >&2
-        return 1
-    fi
-    echo "installing Debian packages:$missing" >&2
+    [ "$(id -u)" = 0 ] || fail "Debian packages are missing; as root: apt-get install$missing"
+    say "installing Debian packages:$missing"
     export DEBIAN_FRONTEND=noninteractive
+    # The first try may fail because there is no package index yet.
     # shellcheck disable=SC2086  # a list of words
-    apt-get install -qq --no-install-recommends $missing >/dev/null 2>&1 ||
-        { apt-get update -qq && apt-get install -qq --no-install-recommends $missing >/dev/null; }
+    apt-get install -qq --no-install-recommends $missing >/dev/null 2>&1 && return
+    # shellcheck disable=SC2086  # a list of words
+    problem=$({ apt-get update -qq && apt-get install -qq --no-install-recommends $missing; } 2>&1 \
+        >/dev/null) || fail "apt-get could not install$missing: is a package mirror in reach?" \
+        "($(echo "$problem" | grep '^E:' | first_line))"
 }
 
 install_python_packages() {
-    wanted=$(cat "$top/pyproject.toml" "$top/tests/lab/setup.sh" | sha256sum)
+    wanted=$(/usr/bin/python3 --version
+        sed -n '/^\[dependency-groups\]/,/^\]/p' "$top/pyproject.toml" | sha256sum)
     [ "$(cat "$venv/made-for" 2>/dev/null)" != "$wanted" ] || return 0
-    echo "making $venv (Python packages of the test group in pyproject.toml)" >&2
+    need_disk "$venv" $venv_size
+    say "making $venv with the Python packages of pyproject.toml's test group (440 MiB, a minute)"
     rm -rf "$venv"
-    /usr/bin/python3 -m venv "$venv"
-    "$venv/bin/pip" install -qq --upgrade 'pip>=25.1' # the first that knows --group
-    (cd "$top" && "$venv/bin/pip" install -qq --group test)
+    problem=$({
+        /usr/bin/python3 -m venv "$venv" &&
+            "$venv/bin/python" -m pip install -qq --upgrade 'pip>=25.1' && # the first with --group
+            cd "$top" && "$venv/bin/python" -m pip install -qq --group test
+    } 2>&1) || fail "pip could not install the Python packages: is a package index in reach?" \
+        "($(echo "$problem" | grep '^ERROR:' | first_line))"
     echo "$wanted" >"$venv/made-for"
 }
 
-# Run a command inside fresh namespaces: nothing in there reaches this machine's network, and all
-# of it is gone, with its processes, when the command ends or this shell is killed.
-enter_lab() {
-    user=
-    [ "$(id -u)" = 0 ] || user='--user --map-root-user'
+# Become a command in fresh namespaces; $1 has the options of unshare that an ordinary user needs.
+# All of it is gone, with its processes, when the command ends or the parent of this shell dies.
+# /usr/bin/python3 takes no modules from the working directory or from the user's own (-I).
+enter() {
+    user=$1
+    shift
     # shellcheck disable=SC2086  # a list of words
-    exec setpriv --pdeathsig KILL unshare $user --net --mount --pid --fork --kill-child --mount-proc \
-        sh -c 'mount -t tmpfs lab /mnt && mkdir /mnt/tmp && "$@"' sh \
-        env ENI_LAB=inside TMPDIR=/mnt/tmp PATH="$PATH:/usr/sbin:/sbin" "$top/tests/lab/worker" "$@"
+    exec setpriv --pdeathsig KILL unshare $user --net --mount --propagation unchanged --pid --fork \
+        --kill-child /usr/bin/python3 -I "$top/tests/lab/enter.py" lab "$cache" "$@"
 }
 
-# shellcheck disable=SC2086  # a list of words
-install_packages $needed && install_python_packages
+# Whether there is a way into the lab: sets way_in to enter's first argument, or why_not. Root takes
+# the first; an ordinary user is root in a user namespace.
+find_way_in() {
+    why_not=
+    for way_in in '' '--user --map-root-user'; do
+        reason=$(enter "$way_in" true 2>&1) && return
+        [ "$(id -u)" = 0 ] && [ -n "$why_not" ] || why_not=$reason
+    done
+    why_not="this machine permits no namespaces ($(echo "$why_not" | first_line | sed "s/.*: //")), which the lab is \
+made of; try as root, on a whole machine, or in a container that may make them"
+    return 1
+}
+
+# Become a command of the checkout in the lab: nothing in there reaches this machine's network.
+enter_lab() { enter "$way_in" "$@"; }
+
+set_up() {
+    # shellcheck disable=SC2086  # a list of words
+    install_packages $debian_packages
+    install_python_packages
+}

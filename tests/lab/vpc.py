@@ -18,12 +18,17 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 ENDPOINT = "203.0.113.10"  # AWS's API; RFC 5737's documentation network
+ENDPOINT6 = "2001:db8:ffff::10"  # and RFC 3849's
 IMDS = ("169.254.169.254", "fd00:ec2::254")
 V6_ROUTER = "fe80:ec2::1"
+RESOLVER = "10.0.0.2"  # the VPC's second address; DHCP tells of it
 # In a tmpfs, mounted by tests/lab/setup.sh over a directory that each Debian host has.
 WORK = Path("/mnt/lab")
 LEASES = WORK / "leases"
@@ -37,7 +42,8 @@ table bridge vpc {
     set unchecked { type ifname; }
     chain source_check {
         type filter hook prerouting priority filter; policy drop;
-        iifname @unchecked accept
+        iifname @unchecked ether type != arp accept
+        iifname @unchecked arp operation request accept comment "but the VPC knows who is where"
         iifname . ether saddr . arp saddr ip @port4 accept
         iifname . ether saddr . ip saddr @port4 accept
         iifname . ether saddr . ip6 saddr @port6 accept
@@ -51,8 +57,9 @@ table bridge vpc {
 """
 
 # What a host needs of its own: a root home without the developer's settings, its own /run, and
-# /etc, /usr/local and /var/lib to write to, on top of this machine's. Where the lab's root is an
-# ordinary user, only directories made here are its own: those that are written to.
+# /etc, /usr/local and /var/lib to write to, on top of this machine's. Of /etc, it has neither this
+# machine's defaults nor its routing tables. Where the lab's root is an ordinary user, only
+# directories made here are its own: those that are written to.
 HOST = """
 set -e
 cd "$1"
@@ -63,9 +70,11 @@ for dir in etc usr/local var/lib; do
     mkdir -p "work/$dir"
     mount -t overlay lab -o "lowerdir=/$dir,upperdir=$1/upper/$dir,workdir=$1/work/$dir" "/$dir"
 done
-mount -t tmpfs lab /run
-mount -t tmpfs lab /root
+for dir in /etc/default /etc/iproute2/rt_tables.d /run /root; do
+    mount -t tmpfs -o mode=755 lab $dir
+done
 mount -t sysfs sysfs /sys
+printf %s "$2" > /run/this-host
 ip link set lo up
 echo up
 exec sleep infinity
@@ -74,7 +83,7 @@ exec sleep infinity
 
 def run(*command: str, stdin: str = "") -> str:
     """What the command prints. Raises RuntimeError with its error text."""
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=400)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()} {stdin.strip()}")
     return done.stdout
@@ -88,7 +97,7 @@ class Host:
         self.root = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=WORK))
         self.environment = {"PATH": PATH}
         self.init = subprocess.Popen(
-            ["unshare", "--net", "--mount", "sh", "-c", HOST, "sh", str(self.root)],
+            ["unshare", "--net", "--mount", "sh", "-c", HOST, "sh", str(self.root), name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,6 +105,10 @@ class Host:
         assert self.init.stdout
         if self.init.stdout.readline() != "up\n":
             raise RuntimeError(f"the namespaces of host {name} could not be made")
+        self.network = os.readlink(f"/proc/{self.init.pid}/ns/net")
+        # What is written to the host must not go elsewhere, by whatever mistake in its mounts.
+        if run(*self.command("cat", "/run/this-host")) != name:
+            raise RuntimeError(f"host {name} has no files of its own")
 
     def command(self, *command: str) -> list[str]:
         """The command line that runs a command on this host."""
@@ -116,7 +129,7 @@ class Host:
         )
 
     def run(
-        self, *command: str, environment: dict[str, str] | None = None, timeout: float = 60
+        self, *command: str, environment: dict[str, str] | None = None, timeout: float = 400
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end; its exit code is the caller's business."""
         process = self.popen(*command, environment=environment)
@@ -159,20 +172,22 @@ class Host:
 
     def processes(self) -> list[int]:
         """All that runs on it: what is in its network namespace."""
-        here = os.readlink(f"/proc/{self.init.pid}/ns/net")
         found = []
         for process in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(FileNotFoundError):  # it ended while we looked
-                if os.readlink(f"/proc/{process}/ns/net") == here:
+            with contextlib.suppress(OSError):  # it ended while we looked, or is just ending
+                if os.readlink(f"/proc/{process}/ns/net") == self.network:
                     found.append(int(process))
         return found
 
     def stop(self) -> None:
-        """Power off."""
-        if self.init.poll() is None:
-            for process in self.processes():
+        """Power off. To do so again changes nothing."""
+        if self.init.returncode is not None:
+            return
+        while processes := self.processes():  # one may have started another meanwhile
+            for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
+            time.sleep(0.01)  # until the kernel has ended them
         self.init.communicate()
 
 
@@ -186,9 +201,14 @@ class Vpc:
         self.count = 0
         self.leases: dict[str, str] = {}  # MAC address: dnsmasq's line
         self.dnsmasq: subprocess.Popen[bytes] | None = None
+        self.names: Sequence[str] = ()  # that its resolver knows
+        self.dnsmasq_log: deque[bytes] = deque(maxlen=200)  # its last lines
         self.lock = threading.Lock()  # a plug comes from a thread of the simulated AWS
-        addresses = [f"addr add {a} dev lo" for a in (f"{ENDPOINT}/32", f"{IMDS[0]}/32")]
-        addresses += [f"addr add {IMDS[1]}/128 dev lo nodad", "link set lo up"]
+        own = (f"{ENDPOINT}/32", f"{IMDS[0]}/32", f"{RESOLVER}/32")
+        addresses = [f"addr add {address} dev lo" for address in own]
+        own6 = (f"{ENDPOINT6}/128", f"{IMDS[1]}/128")
+        addresses += [f"addr add {address} dev lo nodad" for address in own6]
+        addresses.append("link set lo up")
         run("ip", "-batch", "-", stdin="\n".join(addresses))
         for switch in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
             Path("/proc/sys/net", switch).write_text("1")
@@ -228,14 +248,28 @@ class Vpc:
         with self.lock:
             self.count += 1
             port = self.ports[mac] = f"port{self.count}"
-        for address in owned:
-            family = "6" if ":" in address else "4"
-            run("nft", f"add element bridge vpc port{family} {{ {port} . {mac} . {address} }}")
+        self.own(mac, *owned)
         self.lease(mac, owned)
         bridge, _ = self.bridge_of(owned[0])
         lines = [link.replace("PORT", port), f"link set {port} master {bridge} up"]
         run("ip", "-batch", "-", stdin="\n".join(lines))
         return port
+
+    def own(self, mac: str, *addresses: str) -> None:
+        """The interface may send from these addresses, too."""
+        self.change_owned("add", mac, addresses)
+
+    def disown(self, mac: str, *addresses: str) -> None:
+        """It may no longer."""
+        self.change_owned("delete", mac, addresses)
+
+    def change_owned(self, verb: str, mac: str, addresses: Sequence[str]) -> None:
+        lines = []
+        for address in addresses:
+            ports = "port6" if ":" in address else "port4"
+            item = f"{self.ports[mac]} . {mac} . {address}"
+            lines.append(f"{verb} element bridge vpc {ports} {{ {item} }}")
+        run("nft", "-f", "-", stdin="\n".join(lines))
 
     def plug(self, host: Host, device: str, mac: str, addresses: Iterable[str]) -> None:
         """A network interface with these addresses appears on the host as a device, still down."""
@@ -250,6 +284,12 @@ class Vpc:
         """The network interface goes, and its device with it. No matter if its host went first."""
         with self.lock:
             port = self.ports.pop(mac, None)
+        if self.dnsmasq and "[" in self.leases.get(mac, ""):
+            # In a VPC, an IPv6 address is that of the interface. dnsmasq keeps it for the DHCPv6
+            # client that had it, which the interface's next host is not; it has to forget.
+            with self.lock:
+                self.stop_dhcp()
+                self.start_dhcp(self.names)
         if port:
             done = subprocess.run(["ip", "link", "delete", port], capture_output=True, text=True)
             # It went before `ip` looked for it, or just after.
@@ -261,23 +301,30 @@ class Vpc:
         """What DHCP gives to the interface: its primary address of each family."""
         v4 = [address for address in addresses if ":" not in address][:1]
         v6 = [f"[{address}]" for address in addresses if ":" in address][:1]
-        self.leases[mac] = ",".join([mac, *v4, *v6, "1h"])
-        if self.dnsmasq:
-            LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
-            self.dnsmasq.send_signal(signal.SIGHUP)
+        with self.lock:
+            self.leases[mac] = ",".join([mac, *v4, *v6, "1h"])
+            if self.dnsmasq:
+                LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
+                self.dnsmasq.send_signal(signal.SIGHUP)
 
-    def start_dhcp(self) -> None:
-        """DHCPv4, router advertisements and DHCPv6 on all subnets that there are by now."""
+    def start_dhcp(self, names: Sequence[str] = ()) -> None:
+        """DHCPv4, router advertisements and DHCPv6 on all subnets that there are by now; and, where
+        the API has names, the resolver, which knows no others."""
+        self.names = names
         ranges = [f"--dhcp-range={n[0]},static,{n.netmask},1h" for n in self.bridges]
         for network6 in self.prefixes6.values():
             ranges.append(f"--dhcp-range={network6[0]},static,{network6.prefixlen},1h")
         LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
         files = ["--conf-file=/dev/null", f"--dhcp-hostsfile={LEASES}", "--leasefile-ro"]
         files.append(f"--pid-file={WORK}/dnsmasq.pid")
+        dns = ["--port=0"]
+        if names:
+            dns = [f"--dhcp-option=option:dns-server,{RESOLVER}", "--no-resolv", "--no-hosts"]
+            dns += [f"--address=/{name}/{ENDPOINT}" for name in names]
         # As who we are: another user could not read our file, and there may be no other.
-        plain = ["--port=0", "--user=", "--group=", "--no-ping", "--enable-ra"]
+        plain = ["--user=", "--group=", "--no-ping", "--enable-ra", "--log-dhcp"]
         self.dnsmasq = subprocess.Popen(
-            ["dnsmasq", "--keep-in-foreground", "--log-facility=-", *plain, *files, *ranges],
+            ["dnsmasq", "--keep-in-foreground", "--log-facility=-", *plain, *dns, *files, *ranges],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -287,7 +334,20 @@ class Vpc:
                 break
         else:
             raise RuntimeError(f"dnsmasq ended: {self.dnsmasq.wait()}")
-        threading.Thread(target=self.dnsmasq.stderr.read, daemon=True).start()
+        follow = partial(self.dnsmasq_log.extend, self.dnsmasq.stderr)
+        threading.Thread(target=follow, daemon=True).start()
+
+    def stop_dhcp(self) -> None:
+        """DHCP is out of order."""
+        if self.dnsmasq:
+            self.dnsmasq.kill()
+            self.dnsmasq.wait()
+            self.dnsmasq = None
+
+    def account(self) -> str:
+        """For a test that fails: what went through each port, and what DHCP did."""
+        dhcp = b"".join(self.dnsmasq_log).decode(errors="replace")
+        return run("ip", "-statistics", "link") + run("nft", "list", "counters") + dhcp
 
     def set_source_check(self, mac: str, on: bool) -> None:
         """The interface's source/destination check, which a NAT instance switches off."""
@@ -304,9 +364,12 @@ class Vpc:
         run(*host.command("ip", "-batch", "-"), stdin="\n".join(lines))
 
     def add_default_route(self, host: Host, device: str, address: str) -> None:
+        host.ip("route", "add", "default", "via", self.router_of(address), "dev", device)
+
+    def router_of(self, address: str) -> str:
+        """The router's address in the subnet that an IPv4 address is in."""
         _, prefix = self.bridge_of(address)
-        router = ipaddress.ip_interface(f"{address}/{prefix}").network[1]
-        host.ip("route", "add", "default", "via", str(router), "dev", device)
+        return str(ipaddress.ip_interface(f"{address}/{prefix}").network[1])
 
     def close(self) -> None:
         """Take the router's own devices and addresses away, so that another Vpc can be made."""
@@ -317,9 +380,7 @@ class Vpc:
                 last_first.callback(run, "ip", "link", "delete", bridge)
             for mac in list(self.ports):
                 last_first.callback(self.unplug, mac)
-            if self.dnsmasq:
-                last_first.callback(self.dnsmasq.wait)
-                self.dnsmasq.kill()
+            last_first.callback(self.stop_dhcp)
 
 
 def in_lab() -> bool:

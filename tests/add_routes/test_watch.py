@@ -1,0 +1,348 @@
+"""add_routes.py --watch, on the kernel of a host with two ENIs and nobody behind them.
+
+Each test waits for what has to become so, for as long as a busy machine needs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lab import await_that
+from lab.kernel import SCRIPT, Kernel
+
+PATIENCE = 100.0
+TICKS = os.sysconf("SC_CLK_TCK")
+Note = Callable[[str, object], None]
+
+# A line of what somebody else does, again and again.
+STORM = "for n in $(seq 100); do echo route {verb} 10.99.0.$n via 10.0.1.66 dev eth0; done"
+
+
+class Watch:
+    """A running add_routes.py --watch, and what it has said."""
+
+    def __init__(self, kernel: Kernel, *arguments: str, **environment: str) -> None:
+        self.kernel = kernel
+        self.log = kernel.directory / "watch.log"
+        patterns = () if "-d" in arguments else ("-d", "eth*")
+        with self.log.open("a") as file:
+            self.process = subprocess.Popen(
+                kernel.command(SCRIPT, "--watch", *patterns, *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=os.environ | environment,
+            )
+
+    def said(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def awaits(self, condition: Callable[[], bool]) -> None:
+        def met() -> bool:
+            assert self.process.poll() is None, self.said()
+            return condition()
+
+        await_that(met, PATIENCE)
+
+    def awaits_peace(self) -> None:
+        """Wait until it has found nothing to do for a while: it runs no `ip`, and uses no CPU."""
+        before = -1.0
+        while before != (before := self.cpu_seconds()):
+            time.sleep(1)
+
+    def cpu_seconds(self) -> float:
+        """Its own, and those of the programs that it has run."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        return sum(map(int, stat.rpartition(")")[2].split()[11:15])) / TICKS
+
+    def memory_mib(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
+        return int(line.split()[1]) / 1024
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def start(kernel: Kernel) -> Iterator[Callable[..., Watch]]:
+    """Starts --watch with these arguments."""
+    started: list[Watch] = []
+
+    def begin(*arguments: str, **environment: str) -> Watch:
+        started.append(Watch(kernel, *arguments, **environment))
+        return started[-1]
+
+    yield begin
+    for watch in started:
+        if watch.process.poll() is None:
+            watch.end(signal.SIGKILL)
+
+
+Start = Callable[..., Watch]
+
+
+@pytest.fixture
+def served(kernel: Kernel) -> list[str]:
+    """The state of the host when it is served, and served no more afterwards."""
+    kernel.serve("-d eth0", "-d eth1")
+    state = kernel.state()
+    kernel.serve("-d eth1 -r")
+    kernel.sh("rm -r /etc/iproute2/rt_tables.d")
+    return state
+
+
+DELETE_ALL = """
+for family in 4 6; do
+    ip -$family -N rule | sed -n 's/^\\([0-9]*\\):.* proto 77$/\\1/p' |
+        while read -r pref; do ip -$family rule del pref $pref; done
+    ip -$family route flush table all proto 77
+done
+"""
+
+
+def test_it_serves_at_once_and_ends_at_sigterm_and_leaves_all_in_place(
+    kernel: Kernel, start: Start, served: list[str]
+) -> None:
+    watch = start()
+    watch.awaits(lambda: kernel.state() == served)
+    assert watch.end() == 0
+    assert kernel.state() == served
+
+
+def test_rules_and_routes_that_somebody_deletes_come_back(
+    kernel: Kernel, start: Start, served: list[str], record_property: Note
+) -> None:
+    watch = start()
+    watch.awaits(lambda: kernel.state() == served)
+    watch.awaits_peace()
+    kernel.sh(DELETE_ALL)
+    began = time.monotonic()
+    watch.awaits(lambda: kernel.state() == served)
+    record_property("all rules and routes deleted, to all of them back", time.monotonic() - began)
+
+
+def test_addresses_and_devices_that_come_and_go_are_followed(kernel: Kernel, start: Start) -> None:
+    def has(address: str) -> bool:
+        return any(f"from {address} " in rule for rule in kernel.rules())
+
+    watch = start()
+    watch.awaits(lambda: has("10.0.1.22"))
+    kernel.sh("ip addr add 10.0.1.23/32 dev eth1; ip -6 addr add 2001:db8:1::23/64 dev eth1")
+    watch.awaits(lambda: has("10.0.1.23") and has("2001:db8:1::23"))
+    kernel.sh("ip addr del 10.0.1.23/32 dev eth1")
+    watch.awaits(lambda: not has("10.0.1.23"))
+    kernel.add_device("eth2", "10.0.2.9/24")
+    watch.awaits(lambda: has("10.0.2.9"))
+    kernel.sh("ip link del eth2")
+    watch.awaits(lambda: not has("10.0.2.9"))
+    kernel.sh("ip link set eth1 down; ip link set eth1 up")
+    watch.awaits(lambda: len(kernel.table(101)) == 2)
+    kernel.add_device("other0", "10.0.9.9/24")
+    kernel.sh("ip addr add 10.0.1.24/24 dev eth1")
+    watch.awaits(lambda: has("10.0.1.24"))
+    assert not has("10.0.9.9")
+
+
+def test_without_a_pattern_it_serves_hardware_only(kernel: Kernel) -> None:
+    """These devices are no hardware, so nothing is to be done."""
+    done = kernel.run(SCRIPT, "--watch", "--dry-run")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "nothing to change\n", "")
+
+
+def test_default_is_the_devices_as_long_as_it_is_there(kernel: Kernel, start: Start) -> None:
+    watch = start("--default", "eth2")
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    assert kernel.device_to("198.51.100.1") == "eth0"
+    for _ in range(2):
+        kernel.add_device("eth2", "10.0.2.9/24")
+        watch.awaits(lambda: kernel.device_to("198.51.100.1") == "eth2")
+        kernel.sh("ip link del eth2")
+        assert kernel.device_to("198.51.100.1") == "eth0"
+        watch.awaits(lambda: not [rule for rule in kernel.rules() if "lookup 102" in rule])
+
+
+def test_it_does_not_answer_its_own_changes(kernel: Kernel, start: Start) -> None:
+    """It looks once more, finds nothing to do, and sleeps."""
+    watch = start(**kernel.fake_ip(":"))
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    watch.awaits_peace()
+    assert kernel.calls() <= 2 * 3 + 2
+    calls = kernel.calls()
+    time.sleep(3)
+    assert kernel.calls() == calls
+    assert len([line for line in watch.said() if "changes" in line]) == 1
+
+
+def test_while_nothing_happens_it_costs_nothing(
+    kernel: Kernel, start: Start, record_property: Note
+) -> None:
+    watch = start()
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    watch.awaits_peace()
+    before = watch.cpu_seconds()
+    time.sleep(60)
+    idle = watch.cpu_seconds() - before
+    record_property("CPU in 60 s without a change", idle)
+    record_property("memory", f"{watch.memory_mib():.1f} MiB")
+    assert idle == 0
+    assert watch.memory_mib() < 32
+
+
+def test_a_storm_of_routes_costs_little_and_an_address_that_comes_meanwhile_is_served(
+    kernel: Kernel, start: Start, record_property: Note
+) -> None:
+    watch = start()
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    watch.awaits_peace()
+    lines = "".join(kernel.sh(STORM.format(verb=verb)) for verb in ("add", "del"))
+    kernel.sh(f"cat > /run/storm <<EOF\n{lines}EOF\n")
+    loop = (
+        "n=0; while ip -batch /run/storm; do n=$((n + 1)); echo $n > /run/rounds; sleep 0.18; done"
+    )
+    storm = subprocess.Popen(kernel.command("sh", "-c", loop))
+    try:
+        before, began = watch.cpu_seconds(), time.monotonic()
+        time.sleep(10)
+        kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
+        added = time.monotonic()
+        watch.awaits(lambda: any("from 10.0.1.23 " in rule for rule in kernel.rules()))
+        record_property("in a storm, an address to its rule", time.monotonic() - added)
+        time.sleep(max(0.0, began + 20 - time.monotonic()))
+        seconds = time.monotonic() - began
+        cpu = watch.cpu_seconds() - before
+        changes = 200 * int(kernel.sh("cat /run/rounds")) / seconds
+    finally:
+        storm.kill()
+        storm.wait()
+    record_property("the storm", f"{changes:.0f} changes a second for {seconds:.0f} s")
+    record_property("its cost", f"{100 * cpu / seconds:.0f}% of one core")
+    assert cpu < seconds / 4
+    # The routes are main's own device's, so only the address was a change for us.
+    assert len([line for line in watch.said() if "changes" in line]) == 2
+
+
+def test_killed_at_any_ip_it_makes_all_right_when_started_again(
+    kernel: Kernel, start: Start, served: list[str]
+) -> None:
+    real = shutil.which("ip")
+    for after in ("", f'{real} "$@" > /dev/null; '):
+        for at in range(1, 6):
+            watch = start(**kernel.fake_ip(f"{after}kill -9 $PPID; exit 1", at))
+            assert watch.process.wait(PATIENCE) == -signal.SIGKILL
+            again = start()
+            again.awaits(lambda: kernel.state() == served)
+            again.end(signal.SIGKILL)
+            kernel.serve("-d eth1 -r")
+
+
+def test_what_is_left_of_a_killed_one_does_no_harm_after_a_replug(
+    kernel: Kernel, start: Start
+) -> None:
+    """The rules of then are there, and the device is in no group any more."""
+    watch = start()
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    watch.end(signal.SIGKILL)
+    kernel.sh("ip link del eth1")
+    kernel.add_device("eth1", "10.0.1.22/24", "2001:db8:1::22/64")
+    again = start()
+    again.awaits(lambda: kernel.device_to("10.0.1.77", "10.0.1.22") == "eth1")
+    again.awaits(lambda: kernel.device_to("2001:db8:1::77", "2001:db8:1::22") == "eth1")
+    assert kernel.device_to("10.0.1.77", "10.0.1.5") == "eth0"
+
+
+def test_sigterm_ends_it_even_while_ip_hangs(kernel: Kernel, start: Start) -> None:
+    watch = start(**kernel.fake_ip("sleep 1000", 2))
+    watch.awaits(lambda: kernel.calls() == 2)
+    began = time.monotonic()
+    assert watch.end() == 0
+    assert time.monotonic() - began < 9  # add_routes.py itself gives `ip` up after 10 s
+
+
+def test_a_second_one_ends_with_one_line(kernel: Kernel, start: Start) -> None:
+    watch = start()
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    done = kernel.run(SCRIPT, "--watch")
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = "another --watch is running; it holds /run/add_routes.watch.lock"
+    assert done.stderr == f"add_routes.py: {expected}\n"
+
+
+def test_hooks_run_beside_it(kernel: Kernel, start: Start, served: list[str]) -> None:
+    watch = start()
+    hooks = []
+    for arguments in [["eth0"], ["eth1"]] * 4:
+        command = kernel.command(SCRIPT, "-d", *arguments)
+        hooks.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    ends = [(hook.communicate(timeout=PATIENCE)[1], hook.returncode) for hook in hooks]
+    assert ends == [("", 0)] * 8
+    watch.awaits(lambda: kernel.state() == served)
+    kernel.serve("-d eth1 -r")  # it is still up, so --watch serves it again
+    watch.awaits(lambda: kernel.state() == served)
+
+
+def test_in_a_fight_it_slows_down_and_says_so_once(
+    kernel: Kernel, start: Start, served: list[str]
+) -> None:
+    watch = start()
+    watch.awaits(lambda: kernel.state() == served)
+    loop = "while :; do ip rule del pref 20030 from 10.0.1.22 2>/dev/null; sleep 0.05; done"
+    enemy = subprocess.Popen(kernel.command("sh", "-c", loop))
+    try:
+        watch.awaits(lambda: any("keeps undoing" in line for line in watch.said()))
+        before, began = watch.cpu_seconds(), time.monotonic()
+        time.sleep(15)
+        assert watch.cpu_seconds() - before < (time.monotonic() - began) / 4
+    finally:
+        enemy.kill()
+        enemy.wait()
+    (line,) = [line for line in watch.said() if "keeps undoing" in line]
+    assert "rule add pref 20030 from 10.0.1.22 lookup 101" in line
+    watch.awaits(lambda: kernel.state() == served)
+
+
+def test_what_cannot_be_served_is_said_once_and_does_not_stop_it(
+    kernel: Kernel, start: Start
+) -> None:
+    kernel.add_device("eth2", "10.0.2.9/32")
+    kernel.add_device("eth3", "10.0.4.9/24")
+    kernel.sh("ip link set eth3 group 5")
+    watch = start()
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
+    kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1")
+    (line,) = [line for line in watch.said() if "expected" in line]
+    assert line == (
+        "add_routes.py: eth2 has 10.0.2.9/32 and no gateway; expected -g or -n; "
+        "eth3 is in interface group 5; expected none or 7700"
+    )
+    kernel.sh("ip addr add 10.0.2.10/24 dev eth2; ip link set eth3 group 0")
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.2.9") == "eth2")
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.4.9") == "eth3")
+
+
+def test_a_broken_ip_does_not_end_it(kernel: Kernel, start: Start) -> None:
+    environment = kernel.fake_ip("echo Out of luck >&2; exit 2", 4)
+    watch = start(**environment)
+    watch.awaits(lambda: any("Out of luck" in line for line in watch.said()))
+    kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
+    watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1")
+
+
+@pytest.mark.parametrize("end", ["2>&-", "2>&1 | true"])
+def test_nobody_needs_to_read_what_it_says(kernel: Kernel, end: str) -> None:
+    line = f"{SCRIPT} --watch -d 'eth*' >/dev/null {end}"
+    shell = subprocess.Popen(kernel.command("sh", "-c", line))
+    await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1", PATIENCE)
+    kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
+    await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1", PATIENCE)
+    kernel.sh("kill $(fuser /run/add_routes.watch.lock 2>/dev/null)")
+    shell.wait(PATIENCE)

@@ -1,0 +1,149 @@
+"""Where the hosts of the boot tests live, and how packets judge them."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lab import Lab, await_that
+from lab.boot import Booted, boot
+from lab.vm import Disk
+from lab.vpc import Host, run
+
+# Addresses of each family.
+ENIS = ("10.0.1.22", "2001:db8:0:1::22")
+CLIENTS = ("10.0.2.50", "2001:db8:0:2::50")
+NEIGHBOURS = ("10.0.1.60", "2001:db8:0:1::60")
+ENI, CLIENT, NEIGHBOUR = ENIS[0], CLIENTS[0], NEIGHBOURS[0]
+
+
+@dataclass
+class Pinged:
+    lost: int = 0
+
+
+class Site:
+    """The lab with a client in another subnet and a neighbour in the instances' own.
+
+    With ipv6, each has an address of that family, too.
+    """
+
+    def __init__(self, lab: Lab, directory: Path, ipv6: bool = False) -> None:
+        self.lab, self.directory = lab, directory
+        self.families = (0, 1) if ipv6 else (0,)  # indexes of the pairs above
+        self.subnet = lab.add_subnet("10.0.1.0/24", cidr6="2001:db8:0:1::/64" if ipv6 else None)
+        lab.add_subnet("10.0.2.0/24", cidr6="2001:db8:0:2::/64" if ipv6 else None)
+        tags = {"FQDN": "web.example.com"}
+        eni = self.own(ENIS)
+        self.eni = lab.aws.create_eni(self.subnet, name="web", ip=ENI, ipv6=eni[1:], tags=tags)
+        self.client = lab.add_host("client", *self.own(CLIENTS))
+        self.neighbour = lab.add_host("neighbour", *self.own(NEIGHBOURS))
+        # A private subnet, whose route table has the ENI as its default route, as EC2's can.
+        lab.add_subnet("10.0.3.0/24")
+        self.private = lab.add_host("private", "10.0.3.70")
+        run("ip", "rule", "add", "iif", lab.vpc.bridge_of("10.0.3.1")[0], "lookup", "77")
+
+    def own(self, pair: tuple[str, str]) -> list[str]:
+        """Of a pair, the addresses of the families that there are here."""
+        return [pair[family] for family in self.families]
+
+    def boot(self, disk: Disk, **options: Any) -> Booted:
+        return boot(self.lab, self.subnet, disk, self.directory, group="web", **options)
+
+    def await_active(self, machine: Booted) -> tuple[float, float]:
+        """Wait until the ENI's address answers and eni.service is active; when each was.
+
+        The client asks first, for each look into the guest slows its emulated processor.
+        """
+        machine.await_that(lambda: self.pings(self.client, ENI, 1))
+        answered = machine.past()
+        machine.await_sh("systemctl is-active eni.service", lambda s: s == "active")
+        return answered, machine.past()
+
+    def holder(self) -> str | None:
+        model = self.lab.aws.eni(self.eni)
+        return str(model.instance.id) if model.attachment_id else None
+
+    def attaches(self) -> int:
+        calls = [call.action for call in self.lab.aws.calls if call.status == 200]
+        return calls.count("AttachNetworkInterface")
+
+    def check(self, machine: Booted) -> None:
+        """Both addresses are reached from both places, and the state file tells of it.
+
+        The unit is active once the address is up; ifupdown calls add_routes.py just after.
+        """
+        for family in self.families:
+            machine.await_that(partial(self.pings, self.client, ENIS[family], 1))
+        for host, other, address in self.pairs(machine):
+            assert self.pings(host, address), f"{host.name} does not reach {address}"
+            assert machine.ask(other, address) == address
+        keys = [line.split("=")[0] for line in machine.sh("cat /etc/default/eni").splitlines()]
+        assert " ".join(keys) == "FQDN IP GW DEVICE ASG_NAME INSTANCE_ID ENI_ID ATTACHMENT_ID"
+        assert machine.sh(". /etc/default/eni; echo $IP $INSTANCE_ID").split() == [
+            ENI,
+            machine.instance.id,
+        ]
+
+    def await_both(self, machine: Booted) -> None:
+        """Wait until both addresses are reached, and call: after a restart of the network."""
+        for host, other, address in self.pairs(machine):
+            machine.await_that(partial(self.pings, host, address, 1))
+            machine.await_that(partial(self.calls, machine, address, other))
+
+    def pairs(self, machine: Booted) -> Iterator[tuple[Host, str, str]]:
+        """Who talks with whom: the other host, its address, and one of the machine's."""
+        for family in self.families:
+            for host, own in ((self.client, CLIENTS), (self.neighbour, NEIGHBOURS)):
+                for address in (machine.addresses[family], ENIS[family]):
+                    yield host, own[family], address
+
+    def check_forwarding(self) -> None:
+        """What a host in the private subnet asks for goes out by the ENI, under its address."""
+        self.lab.vpc.set_source_check(self.lab.aws.eni(self.eni).mac_address, False)
+        run("ip", "route", "replace", "default", "via", ENI, "table", "77")
+        await_that(lambda: self.private.ask(CLIENT) == ENI, 600)
+
+    def check_without(self, machine: Booted) -> None:
+        """Device, rules and table of the ENI are gone, the state file says so, the primary
+        interface works."""
+        assert self.lab.aws.eni(self.eni).mac_address not in machine.sh("ip link")
+        shown = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all"
+        machine.await_sh(shown, lambda s: not any(address in s for address in ENIS))
+        assert machine.sh(". /etc/default/eni; echo $DEVICE $ATTACHMENT_ID") == "null null\n"
+        for family in self.families:
+            address = machine.addresses[family]
+            for host, own in ((self.client, CLIENTS), (self.neighbour, NEIGHBOURS)):
+                assert self.pings(host, address), f"{host.name} does not reach {address}"
+                assert machine.ask(own[family], address) == address
+
+    @contextmanager
+    def asking(self, address: str, pace: float) -> Iterator[Pinged]:
+        """Meanwhile the client pings the address; then, how often that was in vain."""
+        ping = self.client.popen("ping", "-i", str(pace), address)
+        pinged = Pinged()
+        try:
+            yield pinged
+        finally:
+            ping.send_signal(signal.SIGINT)  # it ends with a summary
+            told, _ = ping.communicate()
+        sent, received = re.findall(r"(\d+) (?:packets transmitted|received)", told)
+        pinged.lost = int(sent) - int(received)
+
+    def calls(self, machine: Booted, address: str, other: str) -> bool:
+        """Whether the other host sees what the machine sends from the address as coming from it."""
+        return machine.ask(other, address) == address
+
+    def fetches(self, address: str) -> bool:
+        """Whether the client gets a web page from there."""
+        script = "import sys, urllib.request as u; u.urlopen(f'http://{sys.argv[1]}/', timeout=60)"
+        return self.client.run("/usr/bin/python3", "-I", "-c", script, address).returncode == 0
+
+    def pings(self, host: Host, address: str, patience: int = 60) -> bool:
+        return host.run("ping", "-c1", f"-W{patience}", address).returncode == 0

@@ -1,0 +1,110 @@
+"""eni_ctl.py -d as a process against the lab."""
+
+from __future__ import annotations
+
+from lab import Lab, Machine
+from lab.watching import wait_for_line
+
+
+def test_a_detach_waits_until_the_device_is_gone(lab: Lab, machine: Machine, eni: str) -> None:
+    machine.eni_ctl("-a")
+    lab.aws.detach_delay = 1
+    done = machine.eni_ctl("-d")
+    assert (done.returncode, done.stdout) == (0, f"detached {eni} (10.0.1.22)\n"), done.stderr
+    assert machine.devices() == ["eth0"]
+    assert lab.aws.eni(eni).attachment_id is None
+    assert machine.state() == {
+        "FQDN": "web.example.com",
+        "IP": "10.0.1.22",
+        "GW": "10.0.1.1",
+        "DEVICE": "null",
+        "ASG_NAME": "web",
+        "INSTANCE_ID": machine.instance.id,
+        "ENI_ID": eni,
+        "ATTACHMENT_ID": "null",
+    }
+
+
+def test_a_second_detach_changes_nothing(machine: Machine) -> None:
+    machine.eni_ctl("-a")
+    machine.eni_ctl("-d")
+    state = machine.state()
+    done = machine.eni_ctl("-d")
+    assert done.returncode == 0
+    assert done.stdout == f'not attached: {machine.instance.id} holds no ENI named "web"\n'
+    assert machine.state() == state
+
+
+def test_an_attach_right_after_a_detach_works(lab: Lab, machine: Machine, eni: str) -> None:
+    machine.eni_ctl("-a")
+    machine.eni_ctl("-d")
+    done = machine.eni_ctl("-a")
+    assert done.stdout == f"attached {eni} (10.0.1.22) as eth1\n"
+
+
+def test_a_host_that_holds_nothing_has_nothing_to_detach(lab: Lab, machine: Machine) -> None:
+    done = machine.eni_ctl("-d")
+    assert done.returncode == 0
+    assert done.stdout == f'not attached: {machine.instance.id} holds no ENI named "web"\n'
+    assert machine.state()["ATTACHMENT_ID"] == "null"
+    assert machine.state()["DEVICE"] == "null"
+    assert "DetachNetworkInterface" not in [call.action for call in lab.aws.calls]
+
+
+def test_an_eni_that_another_instance_holds_is_left_alone(
+    lab: Lab, subnet: str, machine: Machine, eni: str
+) -> None:
+    machine.eni_ctl("-a")
+    other = lab.launch(subnet, group="web")
+    other.write("/etc/default/eni", "DEVICE=eth1\nATTACHMENT_ID=eni-attach-0\n")
+    done = other.eni_ctl("-d")
+    assert done.returncode == 0
+    assert done.stdout == f'not attached: {other.instance.id} holds no ENI named "web"\n'
+    assert lab.aws.eni(eni).instance.id == machine.instance.id
+    assert machine.devices() == ["eth0", "eth1"]
+    assert other.state()["ATTACHMENT_ID"] == "null"
+
+
+def test_a_primary_interface_of_the_same_name_is_left_alone(lab: Lab, subnet: str) -> None:
+    machine = lab.launch(subnet, group="web", primary_name="web")
+    done = machine.eni_ctl("-d")
+    assert done.returncode == 0
+    assert machine.devices() == ["eth0"]
+
+
+def test_a_detach_that_hangs_is_never_forced_here(lab: Lab, machine: Machine, eni: str) -> None:
+    machine.eni_ctl("-a")
+    lab.aws.stuck.add(eni)
+    done = machine.eni_ctl("-d", "-t", "20")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"eni_ctl.py: {eni} is being detached; gave up after 20 s"
+    )
+    detaches = [c.params for c in lab.aws.calls if c.action == "DetachNetworkInterface"]
+    assert ["Force" in params for params in detaches] == [False]
+
+
+def test_a_detach_that_an_earlier_run_began_is_finished(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    machine.eni_ctl("-a")
+    lab.aws.stuck.add(eni)
+    lab.aws.fail("DetachNetworkInterface", when="after", how="reset")
+    assert machine.eni_ctl("-d", "-t", "20").returncode == 1
+    second = machine.start_eni_ctl("-d")
+    wait_for_line(second, f"{eni} is being detached")
+    lab.aws.detach(lab.aws.lab_eni(eni), force=True)
+    out, _ = second.communicate(timeout=400)
+    assert out == f"detached {eni} (10.0.1.22)\n"
+
+
+def test_a_detach_after_a_kill_in_mid_attach_finds_the_eni(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    """EC2 shows the ENI as free for a while, though the killed run's claim took effect."""
+    lab.aws.describe_lag = 30
+    lab.aws.fail("AttachNetworkInterface", when="after", how="reset", times=-1)
+    assert machine.eni_ctl("-a", "-t", "20").returncode == 1
+    done = machine.eni_ctl("-d")
+    assert done.stdout == f"detached {eni} (10.0.1.22)\n", done.stderr
+    assert lab.aws.eni(eni).attachment_id is None
