@@ -65,16 +65,25 @@ def step(title: str) -> None:
 
 
 def do(machine: Machine, command: str) -> None:
-    """Show a command and what it prints, as it comes. Exits where it fails."""
+    """Show a command and what it prints, as it comes. Exits where it fails.
+
+    The command writes to a pipe, not to our terminal: so nothing of it comes after the line with
+    which Ctrl-C ends the demo.
+    """
     print(f"{machine.instance.id}# {command}", flush=True)
-    done = subprocess.run(
+    process = subprocess.Popen(
         machine.command("sh", "-c", command),
         env=machine.environment,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        text=True,
     )
-    if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}")
+    assert process.stdout
+    for line in process.stdout:
+        print(line, end="", flush=True)
+    if code := process.wait():
+        raise SystemExit(f"exit code {code}")
 
 
 def report(what: str, holds: bool) -> None:
