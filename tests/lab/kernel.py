@@ -80,10 +80,15 @@ class Kernel:
             self.sh(f"ip address add {address} dev {device}")
 
     def state(self) -> list[str]:
-        """Rules, routes and interface groups, as `ip` lists them."""
+        """Rules and routes, as `ip` lists them, and each device's interface group.
+
+        Of a device only that, because the kernel notices a lost carrier some time later.
+        """
         words = ["ip -N -4 -d rule", "ip -N -6 -d rule", "ip -N -4 -d route show table all"]
-        words += ["ip -N -6 -d route show table all", "ip -o link | grep -o '^.* group [a-z0-9]*'"]
-        return sorted("".join(self.sh(line) for line in words).splitlines())
+        words += ["ip -N -6 -d route show table all"]
+        lines = "".join(self.sh(line) for line in words).splitlines()
+        links = json.loads(self.sh("ip -json link"))
+        return sorted([*lines, *(f"{link['ifname']} group {link['group']}" for link in links)])
 
     def rules(self) -> list[str]:
         """What is ours of both families, without pref and protocol."""
