@@ -24,6 +24,23 @@ ifupdown calls this program for each device: in `up`, and in `down` with -r. Or 
 hardware devices, and looks again at each change. It serves the devices named so far and those of
 main's default routes, too. While main's own device is the only one, main is right, and nothing is
 made. What this program makes carries protocol 77 (78: as -g or -n says); it changes nothing else.
+
+Examples:
+  add_routes.py -d ens6              serve one device, and look after the others
+  add_routes.py -d ens6 --default    for a NAT instance: what is forwarded leaves by ens6
+  add_routes.py -d ens6 --dry-run    print the `ip` commands that this would take
+  add_routes.py -d ens6 -r           remove what belongs to the device
+  add_routes.py --watch              serve all hardware devices, as add_routes.service does
+  up /usr/local/sbin/add_routes.py   in a stanza of /etc/network/interfaces
+
+Files:
+  /etc/iproute2/rt_tables.d/DEVICE.conf   the name of the device's table, so that its number stays
+  /run/add_routes.lock                    held during each run
+
+Exit codes:
+  0  done, or nothing to change
+  1  failed, and what this run had done is taken back
+  2  usage error
 """
 
 from __future__ import annotations
@@ -1237,11 +1254,12 @@ def network(text: str) -> Network:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    description, examples, rest = (__doc__ or "").partition("Examples:\n")
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=USAGE,
-        description=__doc__,
-        epilog="Exit codes: 0 done; 1 failed, and what this run had done is taken back; 2 usage.",
+        description=description,
+        epilog=examples + rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

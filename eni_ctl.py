@@ -1,14 +1,23 @@
 #!/usr/bin/python3 -I
 """Give this EC2 instance the network interface (ENI) that is named after its Auto Scaling group.
 
-    eni_ctl.py -a    attach it; run at boot by eni.service, or by hand; safe to run again
-    eni_ctl.py -d    detach it from this instance
-    eni_ctl.py -s    show the current state; changes nothing
-
 How it attaches: it asks IMDS for the instance's id, finds the name of the instance's group, finds
 the ENIs with that Name tag, attaches one, waits for its device and address, and writes the state
 file. A free ENI is attached. An ENI of a terminating instance is detached there first. An ENI of an
 instance in service is never taken, unless by --force: this program waits for it.
+
+Each run may be killed at any point, and be started again. Each ends before its deadline.
+
+Examples:
+  eni_ctl.py -a                  attach, as eni.service does at boot
+  eni_ctl.py -s                  show the ENIs of the name, who holds them, and the device here
+  eni_ctl.py -d                  detach from this instance
+  eni_ctl.py -a --dry-run        say what an attach would do, and whether AWS allows it
+  eni_ctl.py -a -f               attach, even if a host in service holds the ENI
+  eni_ctl.py -a -n vpn -o /var/lib/vpn/eni
+                                 attach the ENI that is named "vpn", with a state file of its own
+  eni_ctl.py -s --json | jq .device
+                                 for programs
 
 Files:
   /etc/default/eni    what is attached, as KEY=value lines for sh, bash and systemd
@@ -1829,11 +1838,13 @@ class Stderr(io.TextIOBase):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, examples, rest = (__doc__ or "").partition("Examples:\n")
     parser = argparse.ArgumentParser(
         prog="eni_ctl.py",
         usage="%(prog)s (-a | -d | -s) [-n NAME] [-t SECONDS] [-f] [-o FILE] [--dry-run] [--json] "
         "[-v] [--version]",
-        description=__doc__,
+        description=description,
+        epilog=examples + rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

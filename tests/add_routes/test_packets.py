@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable
 
 import pytest
-from lab import Lab, Machine, await_that, snippet
+from lab import Lab, Machine, await_that, nat_interfaces, snippet
 from lab.vpc import Host, run
 
 INTERFACES = snippet("# /etc/network/interfaces")
 INTERFACES6 = snippet("# IPv6, below in the same file")
-NAT_INTERFACES = snippet("# /etc/network/interfaces, for a NAT instance")
+NAT_INTERFACES = nat_interfaces()
 NFTABLES = snippet("# /etc/nftables.conf")
 ETH0, ETH0_6 = "10.0.1.10", "2001:db8:0:1::10"
 CLIENT, CLIENT_6 = "10.0.2.50", "2001:db8:0:2::50"

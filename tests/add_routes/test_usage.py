@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
 from lab.kernel import SCRIPT, Kernel
+
+import add_routes
 
 
 @pytest.mark.parametrize("arguments", ["-d eth1", "-d eth1 --default"])
@@ -96,7 +99,16 @@ def test_impossible_arguments_are_one_line_and_no_change(
 def test_help_begins_with_a_usage_line_and_needs_no_host() -> None:
     done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True, env={})
     assert done.stdout.startswith("usage: add_routes.py [-d DEVICE]")
-    assert "Exit codes: 0 done;" in done.stdout
+    parts = ["options:\n", "Examples:\n", "Files:\n", "Exit codes:\n"]
+    assert sorted(parts, key=done.stdout.index) == parts
+
+
+def test_the_examples_of_the_help_are_command_lines_of_it() -> None:
+    assert add_routes.__doc__
+    examples = re.findall(r"^  add_routes\.py (.+?)  +\w", add_routes.__doc__, re.M)
+    assert len(examples) == 5
+    for example in examples:
+        add_routes.parse(example.split())
 
 
 def test_the_end_of_an_alias_removes_nothing_but_its_own_rules(kernel: Kernel) -> None:

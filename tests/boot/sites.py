@@ -123,6 +123,15 @@ class Site:
                 assert self.pings(host, address), f"{host.name} does not reach {address}"
                 assert machine.ask(own[family], address) == address
 
+    def check_main(self, machine: Booted) -> None:
+        """Main's best default route of each family is the primary interface's; names resolve."""
+        primary = machine.sh(f"grep -l {machine.instance.mac} /sys/class/net/*/address").split("/")
+        for family in ("-4", "-6"):
+            routes = machine.sh(f"ip {family} route show default").splitlines()
+            best = min(routes, key=metric)
+            assert f"dev {primary[4]} " in f"{best} ", routes
+        assert machine.sh("getent ahostsv4 ec2.us-west-1.amazonaws.com")
+
     @contextmanager
     def asking(self, address: str, pace: float) -> Iterator[Pinged]:
         """Meanwhile the client pings the address; then, how often that was in vain."""
@@ -147,3 +156,9 @@ class Site:
 
     def pings(self, host: Host, address: str, patience: int = 60) -> bool:
         return host.run("ping", "-c1", f"-W{patience}", address).returncode == 0
+
+
+def metric(route: str) -> int:
+    """Of a line of `ip route`: the less, the better. It is not said where it is 0."""
+    found = re.search(r"metric (\d+)", route)
+    return int(found[1]) if found else 0

@@ -6,19 +6,23 @@ there; systemd-networkd and systemd-resolved do the rest. An ENI that comes late
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lab import Lab, snippet
-from lab.boot import INSTALL, SOURCE, Booted, make_disk
-from lab.vm import Image
+from lab import SCRIPTS, TOP, Lab, snippet
+from lab.boot import INSTALL, SOURCE, Mirror, make_disk, stock_disk
+from lab.vm import POOL, Image, debian
 from sites import ENI, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 PRIMARY = ("10.0.1.10", "2001:db8:0:1::10")
 SPARE = ("10.0.1.11", "2001:db8:0:1::11")
-USER_DATA = "#!/bin/sh\necho was run >/run/user-data\n"
+USER_DATA = snippet("#cloud-config")
+FOR_THE_MIRROR = snippet("# The files for the web server, and their checksum")
 AT_ONCE = snippet("# At once")
 UPGRADE = snippet("# After an upgrade")
 UNINSTALL = snippet("# Uninstall")
@@ -37,7 +41,9 @@ def test_the_life_of_a_cloud_image(
     lab: Lab, tmp_path: Path, release: str, record_property: Callable[[str, object], None]
 ) -> None:
     site = Site(lab, tmp_path, ipv6=True)
-    disk = make_disk(lab, Image(release, "netplan"), tmp_path / "cloud", {})
+    image = Image(release, "netplan")
+    disk = make_disk(lab, image, tmp_path / "cloud", {})
+    stock = stock_disk(lab, image, tmp_path / "stock")
 
     # The first boot.
     host = site.boot(disk, options="", ip=PRIMARY[0], ipv6=PRIMARY[1:])
@@ -46,7 +52,7 @@ def test_the_life_of_a_cloud_image(
     record_property("power-on to the address's first answer", answered)
     record_property("power-on to eni.service active", active)
     site.check(host)
-    check_main(host)
+    site.check_main(host)
     journal = host.sh("journalctl --no-pager --boot --unit eni --unit add_routes --output cat")
     assert f"attached {site.eni} ({ENI}) as enp2s0" in journal
     lines = [line for line in journal.splitlines() if not re.search("waiting, [0-9]+ s of ", line)]
@@ -58,34 +64,36 @@ def test_the_life_of_a_cloud_image(
             host.sh(command)
             site.await_both(host)
         record_property(f"{command}: pings lost, of five a second", asked.lost)
-        check_main(host)
+        site.check_main(host)
 
     # A reboot with the ENI attached: cloud-init knows of it now.
     host.vm.reboot()
     site.await_active(host)
     site.check(host)
-    check_main(host)
+    site.check_main(host)
     assert site.attaches() == 1
 
-    # A spare boots beside it. Nothing there waits for the ENI but eni.service.
-    spare = site.boot(disk, options="", ip=SPARE[0], ipv6=SPARE[1:], user_data=USER_DATA)
-    spare.await_sh("cat /run/user-data", lambda s: s == "was run")
-    assert spare.is_active("multi-user.target") == "active"
+    # A spare of the stock image boots beside it, and user data install all. Nothing there waits
+    # for the ENI but eni.service.
+    with mirror(image, tmp_path / "mirror") as user_data:
+        options = {"ip": SPARE[0], "ipv6": SPARE[1:], "user_data": user_data}
+        spare = site.boot(stock, options="", **options)
+        spare.await_sh("cloud-init status", lambda s: s in ("status: done", "status: error"))
+        told = spare.sh("cat /var/log/cloud-init-output.log")
+        assert spare.vm.run("cloud-init status").stdout == "status: done\n", told
+    record_property("power-on to the end of user data, of a host that waits", spare.past())
     assert not spare.waits_for("multi-user.target", "eni.service")
+    assert spare.is_active("multi-user.target") == "active"
     assert spare.is_active("eni.service") == "activating"
-    record_property(
-        "multi-user.target of a host that waits for the ENI", spare.reached_multi_user()
-    )
-    record_property("multi-user.target of a host that has it", host.reached_multi_user())
     assert site.holder() == host.instance.id
 
     # By hand: detach, and the spare has it.
     host.sh("eni_ctl.py -d")
     site.await_active(spare)
     site.check_without(host)
-    check_main(host)
+    site.check_main(host)
     site.check(spare)
-    check_main(spare)
+    site.check_main(spare)
 
     # The spare is killed, and the first host attaches again, while the group still ends the spare.
     spare.vm.power_off()
@@ -93,20 +101,20 @@ def test_the_life_of_a_cloud_image(
     lab.aws.terminate(spare.instance)
     host.sh("eni_ctl.py -a")
     site.check(host)
-    check_main(host)
+    site.check_main(host)
 
     # Uninstalled, it leaves nothing but the table's name.
     host.sh(UNINSTALL)
     assert site.holder() is None
     left = host.sh("ip rule; ip -6 rule; ip route show table all; ip link; ls /etc/systemd/system")
     assert not re.search(r"proto 77|group 7700|eni|add_routes", left), left
-    check_main(host)
+    site.check_main(host)
 
     # Installed while the host runs, it works without a reboot.
     install = f"cd {SOURCE}\n{snippet(INSTALL['netplan'])}"
     host.sh(f"{install}\n{AT_ONCE}")
     site.check(host)
-    check_main(host)
+    site.check_main(host)
 
     # An upgrade does no harm.
     attaches = site.attaches()
@@ -116,10 +124,17 @@ def test_the_life_of_a_cloud_image(
     assert site.attaches() == attaches
 
 
-def check_main(host: Booted) -> None:
-    """Main's best default route of each family is the primary interface's, and names resolve."""
-    for family in ("-4", "-6"):
-        routes = host.sh(f"ip {family} route show default").splitlines()
-        best = min(routes, key=lambda route: int(re.search(r"metric (\d+)", route)[1]))  # type: ignore[index]
-        assert "dev enp1s0" in best, routes
-    assert host.sh("getent ahostsv4 ec2.us-west-1.amazonaws.com")
+@contextmanager
+def mirror(image: Image, directory: Path) -> Iterator[str]:
+    """README's web server with the files of its user data, which are yielded; and with packages."""
+    directory.mkdir()
+    for name in SCRIPTS:
+        shutil.copy(TOP / name, directory)
+    shutil.copytree(TOP / "systemd", directory / "systemd")
+    command = ["sh", "-euc", FOR_THE_MIRROR]
+    done = subprocess.run(command, cwd=directory, check=True, stdout=subprocess.PIPE, text=True)
+    checksum, file = done.stdout.split()
+    assert file == "eni_ctl.tar.gz"
+    (directory / "debian").symlink_to(debian(image) / POOL)
+    with Mirror(directory):
+        yield USER_DATA.replace("CHECKSUM", checksum)

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lab import README, TOP, Lab, files_of_readme, snippet
+from lab import README, TOP, Lab, files_of_readme, nat_interfaces, snippet
 from lab.boot import make_disk
 from lab.vm import RELEASES, Image
 from sites import ENI, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 INTERFACES = snippet("# /etc/network/interfaces")
-NAT_INTERFACES = snippet("# /etc/network/interfaces, for a NAT instance")
+NAT_INTERFACES = nat_interfaces()
 DETACH = snippet("# /etc/systemd/system/eni.service.d/detach.conf")
 OPTIONS = snippet("# /etc/systemd/system/eni.service.d/options.conf")
 NFTABLES = snippet("# /etc/nftables.conf")

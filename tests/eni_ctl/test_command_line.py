@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sys
 import pytest
 from lab import TOP, Lab, Machine
 from lab.watching import last_line
+
+import eni_ctl
 
 SCRIPT = str(TOP / "eni_ctl.py")
 
@@ -45,6 +48,21 @@ def test_a_usage_error_is_a_usage_line_and_one_line_and_exit_code_2(
     usage, error = done.stderr.splitlines()
     assert usage.startswith("usage: eni_ctl.py (-a | -d | -s) ")
     assert error.startswith(f"eni_ctl.py: error: {words}")
+
+
+@pytest.mark.usefixtures("inside")
+def test_help_is_a_short_man_page() -> None:
+    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    parts = ["usage: ", "options:\n", "Examples:\n", "Files:\n", "Exit codes:\n"]
+    assert sorted(parts, key=done.stdout.index) == parts
+
+
+def test_the_examples_of_the_help_are_command_lines_of_it() -> None:
+    assert eni_ctl.__doc__
+    examples = re.findall(r"^  eni_ctl\.py (.+?)(?:  +\w| \| |$)", eni_ctl.__doc__, re.M)
+    assert len(examples) == 7
+    for example in examples:
+        eni_ctl.parse(example.split())
 
 
 @pytest.mark.usefixtures("inside")

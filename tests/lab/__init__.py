@@ -212,10 +212,22 @@ def await_that(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def snippet(first_line: str) -> str:
-    """The code block of README.md that begins with that line, so that what it says is tried."""
+    """The code block of README.md that begins with that line, so that what it says is tried.
+
+    README has the names of a Nitro instance; the lab's devices have those of the kernel.
+    """
     blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.M | re.S)
     (found,) = [block for block in blocks if block.startswith(f"{first_line}\n")]
-    return str(found)
+    return str(found).replace("ens5", "eth0").replace("ens6", "eth1")
+
+
+def nat_interfaces() -> str:
+    """README's /etc/network/interfaces, with its stanza for the ENI of a NAT instance."""
+    interfaces = snippet("# /etc/network/interfaces")
+    stanza = snippet("# The ENI's stanza in /etc/network/interfaces, for a NAT instance")
+    before, begin, _ = interfaces.partition("allow-hotplug eth1\n")
+    assert begin in stanza
+    return before + stanza
 
 
 def files_of_readme(folder: str) -> dict[str, str]:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from lab import TOP, Lab, addresses, snippet
 from lab.aws import Instance
-from lab.vm import Disk, Image, VirtualMachine, debian, install
-from lab.vpc import ENDPOINT, PROBE, Vpc
+from lab.vm import POOL, Disk, Image, VirtualMachine, debian, install
+from lab.vpc import ENDPOINT, MIRROR, MIRROR_NAME, PROBE, Vpc
+from lab.wire import Answer, Handler, Listener, server_context
 
 SOURCE = "/root/eni_ctl"  # where the guest has this project, to install from
 
@@ -19,10 +21,13 @@ SOURCE = "/root/eni_ctl"  # where the guest has this project, to install from
 INSTALL = {
     "ifupdown": "# Where ifupdown sets up the network",
     "netplan": "# Debian's and Ubuntu's cloud images",
+    "cloud-ifupdown": "# Debian 11's cloud images, and where NetworkManager sets up the network",
+    "networkmanager": "# Debian 11's cloud images, and where NetworkManager sets up the network",
 }
 # What Debian's cloud images have beyond their packages, as far as it matters here; and what saves
 # the emulated processor a minute of making keys.
 CLOUD_IMAGE = {
+    "/etc/cloud/cloud.cfg.d/01_debian_cloud.cfg": "apt: {preserve_sources_list: true}\n",
     "/etc/cloud/cloud.cfg.d/90_dpkg.cfg": "datasource_list: [ Ec2, None ]\n",
     "/etc/cloud/cloud.cfg.d/99_lab.cfg": "ssh_genkeytypes: [ ed25519 ]\nlocale: false\n",
 }
@@ -30,6 +35,68 @@ ENABLE_NETWORKD = """
 systemctl enable systemd-networkd systemd-resolved
 ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 """
+# Debian 11's image has cloud-init leave the network alone, and a helper of udev's that writes a
+# stanza for each device which ifupdown does not know. By DHCPv6, the helper's stanza gets an
+# address where there is one (debian-cloud-images, config_space of bullseye's time).
+TRY_DHCP = """\
+#!/bin/sh
+[ "$ADDRFAM$IF_TRY_DHCP" = inet61 ] || exit 0
+ip link set dev "$IFACE" up
+/lib/ifupdown/wait-for-ll6.sh
+files="-pf /run/dhclient6.$IFACE.pid -lf /var/lib/dhcp/dhclient6.$IFACE.leases"
+exec dhclient -6 -nw $files "$IFACE"
+"""
+HELPER = """\
+#!/bin/sh
+ifup --no-act "$INTERFACE" >/dev/null 2>&1 && exit
+mkdir -p /run/network/interfaces.d
+sed "s/[$]INTERFACE/$INTERFACE/" /etc/network/cloud-interfaces-template \\
+    >"/run/network/interfaces.d/$INTERFACE"
+systemctl --no-block start "ifup@$INTERFACE.service"
+"""
+CLOUD_IFUPDOWN = {
+    "/etc/cloud/cloud.cfg.d/99-disable-network-config.cfg": "network: {config: disabled}\n",
+    "/etc/network/interfaces": """\
+source-directory /etc/network/interfaces.d
+source-directory /run/network/interfaces.d
+""",
+    "/etc/network/cloud-interfaces-template": """\
+auto $INTERFACE
+allow-hotplug $INTERFACE
+iface $INTERFACE inet dhcp
+iface $INTERFACE inet6 manual
+    try_dhcp 1
+""",
+    "/etc/network/cloud-ifupdown-helper": HELPER,
+    "/etc/network/if-pre-up.d/cloud_inet6": TRY_DHCP,
+    "/etc/udev/rules.d/75-cloud-ifupdown.rules": (
+        'SUBSYSTEM=="net", ACTION=="add", ENV{INTERFACE}=="eth*|en*",'
+        ' RUN+="/etc/network/cloud-ifupdown-helper"\n'
+    ),
+}
+MAKE_EXECUTABLE = "chmod +x /etc/network/cloud-ifupdown-helper /etc/network/if-pre-up.d/cloud_inet6"
+# By network set-up: what such an image has, as texts by their path, and what is to be run in it.
+SET_UP: dict[str, tuple[Mapping[str, str], str]] = {
+    "ifupdown": ({}, ""),
+    "netplan": (CLOUD_IMAGE, ENABLE_NETWORKD),
+    "cloud-ifupdown": ({**CLOUD_IMAGE, **CLOUD_IFUPDOWN}, MAKE_EXECUTABLE),
+    "networkmanager": ({}, ""),
+}
+SOURCES = "/etc/apt/sources.list"
+CA = "/usr/local/share/ca-certificates/lab.crt"
+
+
+def stock_disk(lab: Lab, image: Image, directory: Path) -> Disk:
+    """A disk of a cloud image as it is; it installs packages from the mirror in the VPC.
+
+    It has the lab's CA, as it would have that of a public web server.
+    """
+    directory.mkdir(exist_ok=True)
+    source = f"deb [trusted=yes] https://{MIRROR_NAME}/debian ./\n"
+    more, commands = SET_UP[image.network]
+    files: dict[str, str | Path] = {**more, SOURCES: source, CA: lab.aws.ca}
+    commands += f"\nrm -r /{POOL}\nupdate-ca-certificates\n"
+    return install(debian(image), directory, files, commands)
 
 
 def make_disk(
@@ -42,26 +109,43 @@ def make_disk(
     """A disk of that image, with the README's install section run in it as written, then the
     commands. Configuration is texts by their path.
 
-    Beyond that it has only the lab's CA, and with ifupdown the names of AWS's endpoints; with
-    netplan the resolver of the VPC has to tell them.
+    Beyond that it has only the lab's CA, and with ifupdown the names of AWS's endpoints; elsewhere
+    the resolver of the VPC has to tell them.
     """
     directory.mkdir(exist_ok=True)
     files: dict[str, str | Path] = {
         f"{SOURCE}/eni_ctl.py": TOP / "eni_ctl.py",
         f"{SOURCE}/add_routes.py": TOP / "add_routes.py",
         f"{SOURCE}/systemd": TOP / "systemd",
-        "/usr/local/share/ca-certificates/lab.crt": lab.aws.ca,
+        SOURCES: f"deb [trusted=yes] file:/{POOL} ./\n",
+        CA: lab.aws.ca,
     }
-    before = ""
+    more, before = SET_UP[image.network]
+    files |= more
     if image.network == "ifupdown":
         names = "".join(f"{ENDPOINT} {name}\n" for name in lab.aws.host_names)
         files["/etc/hosts"] = f"127.0.0.1 localhost debian\n{names}"
-    else:
-        files |= CLOUD_IMAGE
-        before = ENABLE_NETWORKD
     readme = snippet(INSTALL[image.network])
     commands = f"cd {SOURCE}\n{before}\n{readme}\nupdate-ca-certificates\n{commands}"
     return install(debian(image), directory, {**files, **configuration}, commands)
+
+
+class Mirror:
+    """The user's own web server, with the files of a directory. As a context manager it stops."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.listener = Listener(MIRROR, 443, self.answer, server_context((MIRROR_NAME,)))
+
+    def answer(self, connection: Handler, _: bytes) -> None:
+        file = self.directory / unquote(connection.path).lstrip("/")
+        connection.send(Answer(200, file.read_bytes()) if file.is_file() else Answer(404))
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.stop()
 
 
 class Booted:

@@ -8,7 +8,7 @@
 3. VirtualMachine(name, disk, ...): qemu, its NICs on the VPC's taps. What it writes to its disk
    lasts as long as itself, over a reboot too, so any number of machines start from one disk.
 
-On this machine: qemu-system-x86, mmdebstrap, e2fsprogs, util-linux.
+On this machine: qemu-system-x86, mmdebstrap, apt-utils, e2fsprogs, util-linux.
 """
 
 from __future__ import annotations
@@ -39,25 +39,48 @@ RELEASES = ("bullseye", "bookworm", "trixie")
 
 
 class Image(NamedTuple):
-    """A Debian release, and what sets up its network."""
+    """A Debian release, and what sets up its network, a key of NETWORK_PACKAGES."""
 
     release: str
-    network: str = "ifupdown"  # or netplan
+    network: str = "ifupdown"
 
 
-# With netplan they are as Debian's own images for EC2.
-IMAGES = (*map(Image, RELEASES), Image("bookworm", "netplan"), Image("trixie", "netplan"))
+IMAGES = (
+    *map(Image, RELEASES),
+    Image("bookworm", "netplan"),
+    Image("trixie", "netplan"),
+    Image("bullseye", "cloud-ifupdown"),
+    Image("bookworm", "networkmanager"),
+)
 
 PACKAGES = (
     "linux-image-cloud-amd64,systemd-sysv,udev,iproute2,nftables,ca-certificates,"
-    "python3-boto3,python3-requests,"
     "qemu-guest-agent"  # by which the tests run commands
 )
 NETWORK_PACKAGES = {
-    "ifupdown": "ifupdown,isc-dhcp-client",
+    # As the administrator of a host without cloud-init has it.
+    "ifupdown": "ifupdown,isc-dhcp-client,python3-boto3,python3-requests",
+    # As Debian's own images for EC2 are: those of Debian 12 and 13, and that of 11. They lack
+    # what README's install section installs.
     "netplan": "cloud-init,netplan.io,systemd-resolved,libnss-resolve,dbus,openssh-server",
+    "cloud-ifupdown": "cloud-init,ifupdown,isc-dhcp-client,dbus,openssh-server",
+    "networkmanager": "network-manager,dbus",
 }
+# What README installs, and the image has not, lies here as packages, with an index. So the tests
+# can install it, without a network: from here, or from a mirror in the VPC.
+POOL = "srv/pool"
+WANTED = "python3-boto3 python3-requests curl"
+MAKE_POOL = f"""
+set -e
+mkdir -p "$1/{POOL}/partial"
+APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get install -qq --download-only --no-install-recommends \\
+    -o Dir::Cache::archives="$1/{POOL}" {WANTED}
+rm -r "$1/{POOL}/partial" "$1/{POOL}/lock"
+cd "$1/{POOL}"
+apt-ftparchive packages . >Packages
+""".strip()
 OPTIONS = (
+    f"--customize-hook={MAKE_POOL}",
     "--variant=minbase",
     "--dpkgopt=path-exclude=/usr/share/doc/*",
     "--dpkgopt=path-exclude=/usr/share/man/*",

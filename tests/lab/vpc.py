@@ -1,11 +1,11 @@
 """A VPC on one machine: subnets, their router, hosts in namespaces, and the source check.
 
 The current network namespace is the router: it has the first address of each subnet and
-fe80:ec2::1, the addresses of IMDS, and that of AWS's API endpoints. A subnet is a bridge. A host
-is a network and a mount namespace of its own, joined to bridges by veth pairs whose inner ends
-have the MAC addresses of its network interfaces. What a VPC does that a plain network does not:
-a frame whose source (IPv4, ARP or IPv6) is not an address of the interface it comes from is
-dropped, here by nftables on each bridge port.
+fe80:ec2::1, the addresses of IMDS, of AWS's API endpoints and of a web server. A subnet is a
+bridge. A host is a network and a mount namespace of its own, joined to bridges by veth pairs whose
+inner ends have the MAC addresses of its network interfaces. What a VPC does that a plain network
+does not: a frame whose source (IPv4, ARP or IPv6) is not an address of the interface it comes from
+is dropped, here by nftables on each bridge port.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 ENDPOINT = "203.0.113.10"  # AWS's API; RFC 5737's documentation network
 ENDPOINT6 = "2001:db8:ffff::10"  # and RFC 3849's
+MIRROR, MIRROR_NAME = "203.0.113.20", "mirror.example.com"  # a web server of the user's own
 IMDS = ("169.254.169.254", "fd00:ec2::254")
 V6_ROUTER = "fe80:ec2::1"
 RESOLVER = "10.0.0.2"  # the VPC's second address; DHCP tells of it
@@ -204,7 +205,7 @@ class Vpc:
         self.names: Sequence[str] = ()  # that its resolver knows
         self.dnsmasq_log: deque[bytes] = deque(maxlen=200)  # its last lines
         self.lock = threading.Lock()  # a plug comes from a thread of the simulated AWS
-        own = (f"{ENDPOINT}/32", f"{IMDS[0]}/32", f"{RESOLVER}/32")
+        own = (f"{ENDPOINT}/32", f"{MIRROR}/32", f"{IMDS[0]}/32", f"{RESOLVER}/32")
         addresses = [f"addr add {address} dev lo" for address in own]
         own6 = (f"{ENDPOINT6}/128", f"{IMDS[1]}/128")
         addresses += [f"addr add {address} dev lo nodad" for address in own6]
@@ -321,6 +322,7 @@ class Vpc:
         if names:
             dns = [f"--dhcp-option=option:dns-server,{RESOLVER}", "--no-resolv", "--no-hosts"]
             dns += [f"--address=/{name}/{ENDPOINT}" for name in names]
+            dns.append(f"--address=/{MIRROR_NAME}/{MIRROR}")
         # As who we are: another user could not read our file, and there may be no other.
         plain = ["--user=", "--group=", "--no-ping", "--enable-ra", "--log-dhcp"]
         self.dnsmasq = subprocess.Popen(
