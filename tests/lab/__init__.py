@@ -10,6 +10,7 @@ All of it lives in the namespaces that tests/lab/setup.sh makes (enter_lab).
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import threading
@@ -216,6 +217,13 @@ def snippet(first_line: str) -> str:
     blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.M | re.S)
     (found,) = [block for block in blocks if block.startswith(f"{first_line}\n")]
     return str(found)
+
+
+def scoped_policy() -> dict[str, Any]:
+    """README's policy with conditions, in the name of the group web."""
+    blocks = re.findall(r"^```json\n(.*?)^```$", README, re.M | re.S)
+    policies = [json.loads(block) for block in blocks if '"Statement"' in block]
+    return next(dict(policy) for policy in policies if "Condition" in json.dumps(policy))
 
 
 def files_of_readme(folder: str) -> dict[str, str]:
