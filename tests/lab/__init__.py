@@ -152,7 +152,10 @@ class Lab:
     def launch(self, subnet: str, interfaces: str | None = None, **options: Any) -> Machine:
         """A running instance with eth0 up: by ifupdown with that /etc/network/interfaces, or just
         so. Other options are those of Aws.launch()."""
-        instance = self.aws.launch(subnet, **options)
+        return self.power_on(self.aws.launch(subnet, **options), interfaces)
+
+    def power_on(self, instance: Instance, interfaces: str | None = None) -> Machine:
+        """The host of an instance that AWS knows already."""
         self.machines[instance.id] = machine = Machine(instance, self.aws)
         eni = instance.primary
         self.vpc.plug(machine, "eth0", eni.mac_address, addresses(eni))

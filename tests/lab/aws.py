@@ -17,6 +17,7 @@ network namespace of its own. The caller puts the addresses on an interface, `ho
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import heapq
 import ipaddress
@@ -120,6 +121,7 @@ class Aws(Knobs):
         self.region, self.imds_addresses = region, tuple(imds)
         self.endpoints = [address for address in (endpoint, endpoint6) if address]
         self.host_names = [f"{name}.{region}.amazonaws.com" for name in ("ec2", "autoscaling")]
+        self.host_names.append("iam.amazonaws.com")  # one for all regions
         # Only these are reached by IPv6 (EC2 Developer Guide, "Service endpoints").
         self.host_names6 = [f"{name}.{region}.api.aws" for name in ("ec2", "autoscaling")]
         self.ca = ca_dir / "ca.pem"
@@ -265,6 +267,30 @@ class Aws(Knobs):
                 self.join(instance, group, life_cycle)
             return instance
 
+    def adopt(self, member: Any) -> Instance:
+        """Know the instance of a group's member that moto has launched from a launch template."""
+        group = self.autoscaling.autoscaling_groups[member.auto_scaling_group_name]
+        launch_template: Any = group.ec2_launch_template
+        template = launch_template.get_version(group.launch_template_version).data
+        options = template.get("MetadataOptions", {})
+        model = self.ec2.get_instance(member.instance_id)
+        primary = model.nics[0]
+        primary.delete_on_termination = True
+        self.enis[primary.id] = LabEni(primary, "attached", plugged=0.0)
+        instance = Instance(
+            model,
+            primary,
+            member,
+            group.name,
+            max_interfaces=4,
+            tags_in_imds=options.get("InstanceMetadataTags") == "enabled",
+            role="IamInstanceProfile" in template,
+            tokens=options.get("HttpTokens", "optional"),
+            user_data=base64.b64decode(str(template.get("UserData", ""))).decode(),
+        )
+        self.instances[instance.id] = instance
+        return instance
+
     def join(self, instance: Instance, group: str, life_cycle: str = "InService") -> None:
         """Put a running instance into a group, which is made at need."""
         with self._lock:
@@ -378,6 +404,18 @@ class Aws(Knobs):
     def set_policy(self, document: dict[str, Any]) -> None:
         """Make this the only policy of the instances' role, from the next request on."""
         self.iam.put_role_policy(ROLE, "policy", json.dumps(document))
+
+    def add_administrator(self) -> dict[str, str]:
+        """Somebody who may do everything: the environment variables of their access key."""
+        self.iam.create_user(self.region, "admin")
+        allow = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+        document = json.dumps({"Version": "2012-10-17", "Statement": allow})
+        self.iam.put_user_policy("admin", "policy", document)
+        key = self.iam.create_access_key("admin")
+        return {
+            "AWS_ACCESS_KEY_ID": key.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": key.secret_access_key,
+        }
 
     # --- attachments and shutdowns, in time
 
