@@ -56,7 +56,7 @@ install_python_packages() {
         sed -n '/^\[dependency-groups\]/,/^\]/p' "$top/pyproject.toml" | sha256sum)
     [ "$(cat "$venv/made-for" 2>/dev/null)" != "$wanted" ] || return 0
     need_disk "$venv" $venv_size
-    say "making $venv with the Python packages of pyproject.toml's test group (440 MiB, a minute)"
+    say "making $venv with the Python packages of pyproject.toml's test group (460 MiB, a minute)"
     rm -rf "$venv"
     problem=$({
         /usr/bin/python3 -m venv "$venv" &&
