@@ -84,10 +84,10 @@ def test_the_wheel_installs_both_scripts_under_their_names(venv: Path) -> None:
 
 def test_the_wheel_brings_nothing_but_the_scripts(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    scripts = {Path(name).name for name in names if ".data/scripts/" in name}
-    assert scripts == set(SCRIPTS)
-    assert all(".dist-info/" in name for name in names if Path(name).name not in scripts)
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert sorted(names) == [
+        f"eni_ctl-{__version__}.data/scripts/{name}" for name in sorted(SCRIPTS)
+    ]
 
 
 def test_the_source_distribution_has_the_units_and_all_tests(sdist: Path) -> None:
