@@ -41,6 +41,7 @@ SET = {
         "metadata_options.instance_metadata_tags",
         "name",
         "network_interfaces.associate_public_ip_address",
+        "network_interfaces.delete_on_termination",
         "network_interfaces.security_groups",
         "user_data",
     ],
@@ -198,6 +199,14 @@ def test_the_role_has_the_scoped_policy_in_the_groups_name() -> None:
         body for label, body in blocks("resource") if label.startswith("aws_iam_role_policy.")
     )
     assert json_of(role_policy["policy"]) == scoped_policy()
+
+
+@pytest.mark.pure
+def test_nobody_but_ec2_may_assume_the_role() -> None:
+    (role,) = (body for label, body in blocks("resource") if label.startswith("aws_iam_role."))
+    (statement,) = json_of(role["assume_role_policy"])["Statement"]
+    assert statement["Principal"] == {"Service": "ec2.amazonaws.com"}
+    assert statement["Action"] == "sts:AssumeRole"
 
 
 @pytest.mark.pure

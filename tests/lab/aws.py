@@ -23,16 +23,19 @@ import heapq
 import ipaddress
 import itertools
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from moto.autoscaling.models import autoscaling_backends
 from moto.ec2.models import ec2_backends
+from moto.ec2.models.amis import Ami
 from moto.iam.models import iam_backends
 from moto.sts.models import sts_backends
 
@@ -404,6 +407,14 @@ class Aws(Knobs):
     def set_policy(self, document: dict[str, Any]) -> None:
         """Make this the only policy of the instances' role, from the next request on."""
         self.iam.put_role_policy(ROLE, "policy", json.dumps(document))
+
+    def add_image(self, name: str, owner: str, created: datetime) -> str:
+        """A public image's id."""
+        image = f"ami-{secrets.token_hex(8)}"
+        self.ec2.amis[image] = Ami(
+            self.ec2, image, name=name, owner_id=owner, creation_date=created, public=True
+        )
+        return image
 
     def add_administrator(self) -> dict[str, str]:
         """Somebody who may do everything: the environment variables of their access key."""
