@@ -65,6 +65,7 @@ def test_the_instance_of_a_group_made_by_hand_attaches_its_eni(lab: Lab, subnet:
     check_group(lab, image)
     (instance,) = [made for made in lab.aws.instances.values() if made.group == "web"]
     check_instance(instance)
+    lab.aws.set_policy(scoped_policy())
     machine = lab.power_on(instance)
     done = machine.eni_ctl("-a")
     assert done.returncode == 0, done.stderr

@@ -518,7 +518,7 @@ def perform(aws: Aws, connection: Handler, body: bytes, action: str, dry_run: bo
 def authorize(
     aws: Aws, response: Any, service: str, action: str, connection: Handler, body: bytes
 ) -> None:
-    """moto's check of signature and policy, with each service's own words."""
+    """Check signature and policy, and refuse with each service's own words."""
     region = "us-east-1" if service == "iam" else aws.region
     scope = f"/{region}/{service}/aws4_request,"
     if scope not in connection.headers.get("Authorization", ""):
@@ -544,15 +544,19 @@ def authorize(
         code = "RequestExpired" if service == "ec2" else "ExpiredToken"
         raise refuse(code, "The security token included in the request is expired")
     name = f"{service}:{action}"
-    try:
-        iam.check_action_permitted("*")
-    except HTTPException:
-        raise denied(session.arn, service, action, "", "no identity-based policy") from None
-    for denial in aws.denials:
-        for kind, resource in resources(aws, response, action):
+    concerned = resources(aws, response, action)
+    if not concerned:
+        why = aws.why_denied(session.arn, name, "*", {})
+        if why:
+            raise denied(session.arn, service, action, "", why)
+    for kind, resource in concerned:
+        arn = f"arn:aws:ec2:{aws.region}:{ACCOUNT}:{kind}/{resource}"
+        why = aws.why_denied(session.arn, name, arn, tags_of(aws, resource))
+        for denial in aws.denials:
             if denial.action in (action, name) and denial.resource == resource:
-                arn = f"arn:aws:ec2:{aws.region}:{ACCOUNT}:{kind}/{resource}"
-                raise denied(session.arn, service, action, arn, denial.why)
+                why = why or denial.why
+        if why:
+            raise denied(session.arn, service, action, arn, why)
 
 
 def denied(user: str, service: str, action: str, resource: str, why: str) -> ServiceException:
@@ -571,18 +575,27 @@ def denied(user: str, service: str, action: str, resource: str, why: str) -> Ser
 
 
 def resources(aws: Aws, response: Any, action: str) -> list[tuple[str, str]]:
-    """What a request would change, as (resource type, id): both kinds need the permission.
+    """What an attach or a detach is about, as (resource type, id): both need the permission.
 
     Service Authorization Reference, "Actions, resources, and condition keys for Amazon EC2".
+    EC2 looks at the policy first. So the detach of an attachment that has gone, which is about
+    nothing that has a tag, may be denied: hashicorp/terraform-provider-aws pull 46211.
     """
-    eni_id = response._get_param("NetworkInterfaceId")
-    instance_id = response._get_param("InstanceId")
-    if action == "DetachNetworkInterface":
+    if action == "AttachNetworkInterface":
+        eni_id = response._get_param("NetworkInterfaceId")
+        instance_id = response._get_param("InstanceId")
+    elif action == "DetachNetworkInterface":
         eni = find_attachment(aws, response._get_param("AttachmentId"))
-        eni_id = eni.model.id if eni else None
-        instance_id = eni.model.instance.id if eni and eni.model.instance else None
-    kinds = [("network-interface", eni_id), ("instance", instance_id)]
-    return [(kind, resource) for kind, resource in kinds if resource]
+        eni_id = eni.model.id if eni else "*"
+        instance_id = eni.model.instance.id if eni and eni.model.instance else "*"
+    else:
+        return []
+    return [("network-interface", eni_id), ("instance", instance_id)]
+
+
+def tags_of(aws: Aws, resource: str) -> dict[str, str]:
+    """The tags of an ENI or an instance; none of what does not exist."""
+    return dict(aws.ec2.tags.get(resource, {}))
 
 
 def check_clock(aws: Aws, response: Any, service: str, connection: Handler) -> None:
