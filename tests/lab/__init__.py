@@ -10,6 +10,7 @@ All of it lives in the namespaces that tests/lab/setup.sh makes (enter_lab).
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import threading
@@ -151,7 +152,10 @@ class Lab:
     def launch(self, subnet: str, interfaces: str | None = None, **options: Any) -> Machine:
         """A running instance with eth0 up: by ifupdown with that /etc/network/interfaces, or just
         so. Other options are those of Aws.launch()."""
-        instance = self.aws.launch(subnet, **options)
+        return self.power_on(self.aws.launch(subnet, **options), interfaces)
+
+    def power_on(self, instance: Instance, interfaces: str | None = None) -> Machine:
+        """The host of an instance that AWS knows already."""
         self.machines[instance.id] = machine = Machine(instance, self.aws)
         eni = instance.primary
         self.vpc.plug(machine, "eth0", eni.mac_address, addresses(eni))
@@ -228,6 +232,13 @@ def nat_interfaces() -> str:
     before, begin, _ = interfaces.partition("allow-hotplug eth1\n")
     assert begin in stanza
     return before + stanza
+
+
+def scoped_policy() -> dict[str, Any]:
+    """README's policy with conditions, in the name of the group web."""
+    blocks = re.findall(r"^```json\n(.*?)^```$", README, re.M | re.S)
+    policies = [json.loads(block) for block in blocks if '"Statement"' in block]
+    return next(dict(policy) for policy in policies if "Condition" in json.dumps(policy))
 
 
 def files_of_readme(folder: str) -> dict[str, str]:

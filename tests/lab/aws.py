@@ -1,10 +1,11 @@
 """The lab's AWS: EC2, Auto Scaling and IMDS as an instance meets them, in threads of this process.
 
-moto keeps the world (VPC, ENIs, instances, groups, roles), reads requests, checks signatures and
-policies, and writes answers. What it lacks is added here and in the neighbours:
+moto keeps the world (VPC, ENIs, instances, groups, roles), reads requests, checks signatures, and
+writes answers. What it lacks is added here and in the neighbours:
 
     lab.ec2    permission, clocks, throttling, EC2's refusals, filters and paging
     lab.imds   the metadata service
+    lab.judge  whether a policy allows a request, which npm's iam-simulate decides
     lab.knobs  all that a test may change
     lab.odd    items of answers that lack something, or that are spelt in another way
     lab.wire   HTTP, and requests that go wrong on demand
@@ -17,26 +18,31 @@ network namespace of its own. The caller puts the addresses on an interface, `ho
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import heapq
 import ipaddress
 import itertools
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from moto.autoscaling.models import autoscaling_backends
 from moto.ec2.models import ec2_backends
+from moto.ec2.models.amis import Ami
 from moto.iam.models import iam_backends
 from moto.sts.models import sts_backends
 
 from lab.ec2 import DENIED, MESSAGES, LabEni, error_answer, perform, refuse
 from lab.imds import ACCOUNT, INSTANCE_TYPE, ROLE, SLOTS, imds_error, metadata
+from lab.judge import Judge, Verdict
 from lab.knobs import Change, Denial, Knobs, Refusal
 from lab.wire import Answer, Fault, Handler, Listener, authority, server_context
 
@@ -120,6 +126,7 @@ class Aws(Knobs):
         self.region, self.imds_addresses = region, tuple(imds)
         self.endpoints = [address for address in (endpoint, endpoint6) if address]
         self.host_names = [f"{name}.{region}.amazonaws.com" for name in ("ec2", "autoscaling")]
+        self.host_names.append("iam.amazonaws.com")  # one for all regions
         # Only these are reached by IPv6 (EC2 Developer Guide, "Service endpoints").
         self.host_names6 = [f"{name}.{region}.api.aws" for name in ("ec2", "autoscaling")]
         self.ca = ca_dir / "ca.pem"
@@ -128,6 +135,8 @@ class Aws(Knobs):
         self.enis: dict[str, LabEni] = {}
         self.instances: dict[str, Instance] = {}
         self._vpc: Any = None
+        self._policy: dict[str, Any] | None = None  # None: SEED_ACTIONS, on all resources
+        self._judge: Judge | None = None  # of the policy, if there is one
 
         # What was asked.
         self.calls: list[Call] = []
@@ -159,8 +168,6 @@ class Aws(Knobs):
         trust = {"Effect": "Allow", "Principal": service, "Action": "sts:AssumeRole"}
         document = json.dumps({"Version": "2012-10-17", "Statement": trust})
         self.iam.create_role(ROLE, document, "/", None, "", [], None)
-        allow = {"Effect": "Allow", "Action": list(SEED_ACTIONS), "Resource": "*"}
-        self.set_policy({"Version": "2012-10-17", "Statement": [allow]})
         authority().cert_pem.write_to_path(str(self.ca))
         self._timer.start()
         tls = server_context((*self.host_names, *self.host_names6))
@@ -176,6 +183,8 @@ class Aws(Knobs):
         with self._due:
             self._due.notify()
         self._timer.join()
+        if self._judge:
+            self._judge.close()
         if self._failures:
             raise self._failures.pop(0)
 
@@ -265,6 +274,30 @@ class Aws(Knobs):
                 self.join(instance, group, life_cycle)
             return instance
 
+    def adopt(self, member: Any) -> Instance:
+        """Know the instance of a group's member that moto has launched from a launch template."""
+        group = self.autoscaling.autoscaling_groups[member.auto_scaling_group_name]
+        launch_template: Any = group.ec2_launch_template
+        template = launch_template.get_version(group.launch_template_version).data
+        options = template.get("MetadataOptions", {})
+        model = self.ec2.get_instance(member.instance_id)
+        primary = model.nics[0]
+        primary.delete_on_termination = True
+        self.enis[primary.id] = LabEni(primary, "attached", plugged=0.0)
+        instance = Instance(
+            model,
+            primary,
+            member,
+            group.name,
+            max_interfaces=4,
+            tags_in_imds=options.get("InstanceMetadataTags") == "enabled",
+            role="IamInstanceProfile" in template,
+            tokens=options.get("HttpTokens", "optional"),
+            user_data=base64.b64decode(str(template.get("UserData", ""))).decode(),
+        )
+        self.instances[instance.id] = instance
+        return instance
+
     def join(self, instance: Instance, group: str, life_cycle: str = "InService") -> None:
         """Put a running instance into a group, which is made at need."""
         with self._lock:
@@ -295,6 +328,9 @@ class Aws(Knobs):
         with self._lock:
             group = self.autoscaling.autoscaling_groups[instance.group or ""]
             group.instance_states.remove(instance.member)
+            # Auto Scaling removes this tag only: its user guide, "Tag Auto Scaling groups and
+            # instances".
+            self.ec2.delete_tags([instance.id], {"aws:autoscaling:groupName": group.name})
             instance.group = instance.member = None
 
     def halt(self, instance: Instance) -> None:
@@ -367,7 +403,7 @@ class Aws(Knobs):
     def deny(self, action: str, resource: str, why: str) -> Denial:
         """Let IAM deny an action for one ENI or instance; `why` is a key of lab.ec2.DENIED.
 
-        It stands for conditions and for other policies than the role's, which moto does not judge.
+        It stands for other policies than the role's, which set_policy() replaces.
         """
         if why not in DENIED:
             raise ValueError(f"{why!r}: expected one of {', '.join(DENIED)}")
@@ -376,8 +412,43 @@ class Aws(Knobs):
         return denial
 
     def set_policy(self, document: dict[str, Any]) -> None:
-        """Make this the only policy of the instances' role, from the next request on."""
-        self.iam.put_role_policy(ROLE, "policy", json.dumps(document))
+        """Make this the only policy of the instances' role, from the next request on.
+
+        Without one, the role has SEED_ACTIONS, so that the demo and the bench need no judge.
+        """
+        self._policy = document
+        self._judge = self._judge or Judge()
+
+    def why_denied(self, user: str, action: str, resource: str, tags: dict[str, str]) -> str:
+        """Why the role's policy does not allow an action: a key of lab.ec2.DENIED, or nothing."""
+        if self._judge is None or self._policy is None:
+            return "" if action in SEED_ACTIONS else "no identity-based policy"
+        verdict = self._judge.ask(self._policy, action, resource, tags, user)
+        return {
+            Verdict.ALLOWED: "",
+            Verdict.NOT_ALLOWED: "no identity-based policy",
+            Verdict.DENIED: "identity-based policy",
+        }[verdict]
+
+    def add_image(self, name: str, owner: str, created: datetime) -> str:
+        """A public image's id."""
+        image = f"ami-{secrets.token_hex(8)}"
+        self.ec2.amis[image] = Ami(
+            self.ec2, image, name=name, owner_id=owner, creation_date=created, public=True
+        )
+        return image
+
+    def add_administrator(self) -> dict[str, str]:
+        """Somebody who may do everything: the environment variables of their access key."""
+        self.iam.create_user(self.region, "admin")
+        allow = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+        document = json.dumps({"Version": "2012-10-17", "Statement": allow})
+        self.iam.put_user_policy("admin", "policy", document)
+        key = self.iam.create_access_key("admin")
+        return {
+            "AWS_ACCESS_KEY_ID": key.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": key.secret_access_key,
+        }
 
     # --- attachments and shutdowns, in time
 

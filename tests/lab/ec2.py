@@ -26,6 +26,7 @@ from moto.core.responses import ActionResult, EmptyResult
 from moto.core.utils import utcnow
 from moto.ec2.responses import EC2Response
 from moto.iam.access_control import IAMRequest
+from moto.iam.responses import IamResponse
 from werkzeug.exceptions import HTTPException
 from werkzeug.test import EnvironBuilder
 
@@ -313,6 +314,14 @@ class Ec2(EC2Response):
         items, token = page(found, self._get_param("NextToken"), size)
         return ActionResult({"NetworkInterfaces": items, "NextToken": token})
 
+    def create_network_interface(self) -> ActionResult:
+        result = super().create_network_interface()
+        answer: Any = result.result
+        eni = answer["NetworkInterface"]
+        self.aws.enis[eni.id] = LabEni(eni)
+        self.aws.enis[eni.id].append_history()
+        return result
+
     def attach_network_interface(self) -> ActionResult:
         eni = self.aws.lab_eni(self._get_param("NetworkInterfaceId"))
         instance = self.aws.instances.get(self._get_param("InstanceId"))
@@ -430,6 +439,13 @@ class AutoScaling(AutoScalingResponse):
         super().__init__()
         self.aws = aws
 
+    def create_auto_scaling_group(self) -> ActionResult:
+        result = super().create_auto_scaling_group()
+        group = self.aws.autoscaling.autoscaling_groups[self._get_param("AutoScalingGroupName")]
+        for member in group.instance_states:
+            self.aws.adopt(member)
+        return result
+
     def describe_auto_scaling_instances(self) -> ActionResult:
         ids = self._get_param("InstanceIds", [])
         size = self._get_int_param("MaxRecords", 50)
@@ -457,10 +473,19 @@ class AutoScaling(AutoScalingResponse):
         return self.aws.instances[member.instance_id].change(item)
 
 
+def make_response(aws: Aws, service: str) -> EC2Response | AutoScalingResponse | IamResponse:
+    """What answers a request to the service: moto's class, or ours over it."""
+    if service == "ec2":
+        return Ec2(aws)
+    if service == "autoscaling":
+        return AutoScaling(aws)
+    return IamResponse()
+
+
 def perform(aws: Aws, connection: Handler, body: bytes, action: str, dry_run: bool) -> Answer:
     """Do what a request asks for, or refuse it."""
     service = connection.headers.get("Host", "").split(".")[0]
-    response: Any = (Ec2 if service == "ec2" else AutoScaling)(aws)
+    response: Any = make_response(aws, service)
     environ = EnvironBuilder(
         path=connection.path,
         base_url=f"https://{connection.headers.get('Host')}/",
@@ -493,8 +518,9 @@ def perform(aws: Aws, connection: Handler, body: bytes, action: str, dry_run: bo
 def authorize(
     aws: Aws, response: Any, service: str, action: str, connection: Handler, body: bytes
 ) -> None:
-    """moto's check of signature and policy, with each service's own words."""
-    scope = f"/{aws.region}/{service}/aws4_request,"
+    """Check signature and policy, and refuse with each service's own words."""
+    region = "us-east-1" if service == "iam" else aws.region
+    scope = f"/{region}/{service}/aws4_request,"
     if scope not in connection.headers.get("Authorization", ""):
         raise refuse("AuthFailure")
     try:
@@ -511,19 +537,26 @@ def authorize(
     except HTTPException as error:
         raise refuse(error.error_type, error.message) from None  # type: ignore[attr-defined]
     session = aws.sts.get_assumed_role_from_access_key(response.access_key)
+    if response.access_key.startswith("AKIA"):  # of a user, who has one for good
+        iam.check_action_permitted("*")
+        return
     if session is None or expired(session):
         code = "RequestExpired" if service == "ec2" else "ExpiredToken"
         raise refuse(code, "The security token included in the request is expired")
     name = f"{service}:{action}"
-    try:
-        iam.check_action_permitted("*")
-    except HTTPException:
-        raise denied(session.arn, service, action, "", "no identity-based policy") from None
-    for denial in aws.denials:
-        for kind, resource in resources(aws, response, action):
+    concerned = resources(aws, response, action)
+    if not concerned:
+        why = aws.why_denied(session.arn, name, "*", {})
+        if why:
+            raise denied(session.arn, service, action, "", why)
+    for kind, resource in concerned:
+        arn = f"arn:aws:ec2:{aws.region}:{ACCOUNT}:{kind}/{resource}"
+        why = aws.why_denied(session.arn, name, arn, tags_of(aws, resource))
+        for denial in aws.denials:
             if denial.action in (action, name) and denial.resource == resource:
-                arn = f"arn:aws:ec2:{aws.region}:{ACCOUNT}:{kind}/{resource}"
-                raise denied(session.arn, service, action, arn, denial.why)
+                why = why or denial.why
+        if why:
+            raise denied(session.arn, service, action, arn, why)
 
 
 def denied(user: str, service: str, action: str, resource: str, why: str) -> ServiceException:
@@ -542,18 +575,27 @@ def denied(user: str, service: str, action: str, resource: str, why: str) -> Ser
 
 
 def resources(aws: Aws, response: Any, action: str) -> list[tuple[str, str]]:
-    """What a request would change, as (resource type, id): both kinds need the permission.
+    """What an attach or a detach is about, as (resource type, id): both need the permission.
 
     Service Authorization Reference, "Actions, resources, and condition keys for Amazon EC2".
+    EC2 looks at the policy first. So the detach of an attachment that has gone, which is about
+    nothing that has a tag, may be denied: hashicorp/terraform-provider-aws pull 46211.
     """
-    eni_id = response._get_param("NetworkInterfaceId")
-    instance_id = response._get_param("InstanceId")
-    if action == "DetachNetworkInterface":
+    if action == "AttachNetworkInterface":
+        eni_id = response._get_param("NetworkInterfaceId")
+        instance_id = response._get_param("InstanceId")
+    elif action == "DetachNetworkInterface":
         eni = find_attachment(aws, response._get_param("AttachmentId"))
-        eni_id = eni.model.id if eni else None
-        instance_id = eni.model.instance.id if eni and eni.model.instance else None
-    kinds = [("network-interface", eni_id), ("instance", instance_id)]
-    return [(kind, resource) for kind, resource in kinds if resource]
+        eni_id = eni.model.id if eni else "*"
+        instance_id = eni.model.instance.id if eni and eni.model.instance else "*"
+    else:
+        return []
+    return [("network-interface", eni_id), ("instance", instance_id)]
+
+
+def tags_of(aws: Aws, resource: str) -> dict[str, str]:
+    """The tags of an ENI or an instance; none of what does not exist."""
+    return dict(aws.ec2.tags.get(resource, {}))
 
 
 def check_clock(aws: Aws, response: Any, service: str, connection: Handler) -> None:

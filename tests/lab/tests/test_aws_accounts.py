@@ -25,6 +25,7 @@ STEADY = {
     "Warmed:Stopped",
     "Warmed:Terminated",
 }
+DENY_ALL = {"Effect": "Deny", "Action": "*", "Resource": "*"}
 NAMED_WEB = [{"Name": "tag:Name", "Values": ["web"]}]
 
 
@@ -275,6 +276,50 @@ def test_a_denial_for_an_instance_concerns_all_of_its_enis(
     aws.deny("DetachNetworkInterface", peer.id, "service control policy")
     denied = refusal(ec2.detach_network_interface, AttachmentId=attachment)
     assert f":instance/{peer.id} with an explicit deny in a service control policy." in denied[2]
+
+
+@pytest.mark.parametrize("kind", ["network-interface", "instance"])
+def test_a_policys_conditions_are_judged_for_the_eni_and_for_the_instance(
+    aws: Aws, subnet: str, host: Instance, eni: str, kind: str
+) -> None:
+    keys = {"network-interface": "Name", "instance": "aws:autoscaling:groupName"}
+    statements = [
+        {
+            "Effect": "Allow",
+            "Action": "ec2:*NetworkInterface",
+            "Resource": f"arn:aws:ec2:*:*:{one}/*",
+            "Condition": {"StringEquals": {f"aws:ResourceTag/{key}": "web"}},
+        }
+        for one, key in keys.items()
+    ]
+    aws.set_policy({"Version": "2012-10-17", "Statement": statements})
+    ec2 = client(aws)
+    attachment = attach(ec2, eni, host)
+    if kind == "instance":
+        aws.leave(host)
+    else:
+        aws.rename(eni, "db")
+    concerned = {"network-interface": eni, "instance": host.id}[kind]
+    arn = f"arn:aws:ec2:us-west-1:{ACCOUNT}:{kind}/{concerned}"
+    status, code, message = refusal(ec2.detach_network_interface, AttachmentId=attachment)
+    assert (status, code) == (403, "UnauthorizedOperation")
+    assert f"{arn} because no identity-based policy allows" in message
+    aws.set_policy({"Version": "2012-10-17", "Statement": [*statements, DENY_ALL]})
+    message = refusal(ec2.detach_network_interface, AttachmentId=attachment)[2]
+    assert "with an explicit deny in an identity-based policy" in message
+
+
+def test_a_gone_attachment_has_no_tags_that_a_policy_could_want(
+    aws: Aws, host: Instance, eni: str
+) -> None:
+    allow = {"Effect": "Allow", "Action": "ec2:DetachNetworkInterface", "Resource": "*"}
+    aws.set_policy({"Version": "2012-10-17", "Statement": [allow]})
+    ec2 = client(aws)
+    gone = {"AttachmentId": "eni-attach-0"}
+    assert refusal(ec2.detach_network_interface, **gone)[1] == "InvalidAttachmentID.NotFound"
+    scoped = {**allow, "Condition": {"StringEquals": {"aws:ResourceTag/Name": "web"}}}
+    aws.set_policy({"Version": "2012-10-17", "Statement": [scoped]})
+    assert refusal(ec2.detach_network_interface, **gone)[1] == "UnauthorizedOperation"
 
 
 # --- clocks
