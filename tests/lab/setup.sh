@@ -78,7 +78,7 @@ install_policy_judge() {
     wanted="$(grep '^policies = ' "$top/pyproject.toml") $policy_judge"
     [ "$(cat "$judge/made-for" 2>/dev/null)" != "$wanted" ] || return 0
     need_disk "$judge" $policy_judge_size
-    say "adding node and a judge of IAM policies to $venv (210 MiB, ten seconds)"
+    say "adding node and a judge of IAM policies to $venv (225 MiB, ten seconds)"
     rm -rf "$judge"
     problem=$(cd "$top" && "$venv/bin/python" -m pip install -qq --group policies 2>&1) ||
         fail "pip could not install node: is a package index in reach?" \
@@ -87,7 +87,8 @@ install_policy_judge() {
     npm=$node/lib/node_modules/npm/bin/npm-cli.js # the wheel's bin/npm does not find its library
     # shellcheck disable=SC2086  # a list of words
     problem=$("$node/bin/node" "$npm" install --prefix "$judge" --cache "$judge/cache" \
-        --ignore-scripts --no-audit --no-fund --no-update-notifier $policy_judge 2>&1) ||
+        --fetch-retries 1 --fetch-retry-mintimeout 2000 --ignore-scripts --no-audit --no-fund \
+        --no-update-notifier $policy_judge 2>&1) ||
         fail "npm could not install the judge of IAM policies: is the npm registry in reach?" \
             "($(echo "$problem" | grep -i error | first_line))"
     rm -rf "$judge/cache"
