@@ -74,7 +74,25 @@ iface $INTERFACE inet6 manual
         ' RUN+="/etc/network/cloud-ifupdown-helper"\n'
     ),
 }
-MAKE_EXECUTABLE = "chmod +x /etc/network/cloud-ifupdown-helper /etc/network/if-pre-up.d/cloud_inet6"
+MAKE_EXECUTABLE = """
+chmod +x /etc/network/cloud-ifupdown-helper /etc/network/if-pre-up.d/cloud_inet6
+"""
+# Debian 11's dhclient may stop to listen when a packet comes while it opens its socket, and then it
+# hears no answer for ever (Ubuntu bug 1926139, "thread concurrency race leads to DHCPOFFER packets
+# not being received"). Another process of it may hear. Debian 12's has no threads.
+DHCLIENT = """\
+#!/bin/sh
+case " $* " in *" -r "* | *" -x "* | *" -6 "*) exec /sbin/dhclient.once "$@" ;; esac
+for try in 1 2 3 4 5; do
+    /sbin/dhclient.once -1 "$@" && exit
+done
+exit 1
+"""
+MEND_DHCLIENT = """
+mv /sbin/dhclient /sbin/dhclient.once
+install -m 755 /root/dhclient /sbin/dhclient
+echo 'timeout 30;' >>/etc/dhcp/dhclient.conf
+"""
 # By network set-up: what such an image has, as texts by their path, and what is to be run in it.
 SET_UP: dict[str, tuple[Mapping[str, str], str]] = {
     "ifupdown": ({}, ""),
@@ -125,6 +143,9 @@ def make_disk(
     if image.network == "ifupdown":
         names = "".join(f"{ENDPOINT} {name}\n" for name in lab.aws.host_names)
         files["/etc/hosts"] = f"127.0.0.1 localhost debian\n{names}"
+    if image.release == "bullseye":
+        files["/root/dhclient"] = DHCLIENT
+        before += MEND_DHCLIENT
     readme = snippet(INSTALL[image.network])
     commands = f"cd {SOURCE}\n{before}\n{readme}\nupdate-ca-certificates\n{commands}"
     return install(debian(image), directory, {**files, **configuration}, commands)

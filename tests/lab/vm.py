@@ -105,13 +105,7 @@ ACCELERATOR = {
     "tcg": ["-accel", "tcg,tb-size=128", "-cpu", "qemu64,-cx16"],
 }
 
-# The last word: packet filters are interpreted. In 1 of some 25 starts of Linux 5.10 on a busy
-# machine, the guest's NIC got DHCP's answers, and dhclient, which reads through such a filter, did
-# not. qemu may have gone on with its translation of what was at the compiled filter's place before.
-# (The NIC was hot-plugged before the start then; in 60 starts without that, it was not seen again.)
-KERNEL = """
-root=/dev/nvme0n1 rw console=ttyS0 quiet systemd.show_status=true sysctl.net.core.bpf_jit_enable=0
-""".strip()
+KERNEL = "root=/dev/nvme0n1 rw console=ttyS0 quiet systemd.show_status=true"
 
 # How long to wait for a guest. Its own processor time tells whether it gets anywhere: a boot takes
 # some 60 s of it, with cloud-init 150, however busy this machine is. The clock is only for a guest
