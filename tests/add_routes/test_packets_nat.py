@@ -27,6 +27,10 @@ from lab.world import (
 )
 
 NFTABLES = snippet("# /etc/nftables.conf")
+# What add_routes.service is started with: "--default eth1".
+OPTIONS = snippet("# /etc/systemd/system/add_routes.service.d/default.conf").rpartition("--watch")[
+    2
+]
 FORWARDED = """
 table ip forwarded {
     chain prerouting {
@@ -41,7 +45,7 @@ CLIENTS = pytest.mark.parametrize(
 
 
 def start(make_host: MakeHost, world: World, place: Place, strictness: int = 0) -> Subject:
-    host = make_host("--default", "eth1")
+    host = make_host(*OPTIONS.split())
     host.set_rp_filter(strictness)
     host.up("eth0", *ETH0)
     host.up("eth1", *place, options=["--default"])
