@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from lab import SCRIPTS, TOP, Lab, snippet
-from lab.boot import INSTALL, SOURCE, Mirror, make_disk, stock_disk
+from lab.boot import INSTALL, SOURCE, Booted, Mirror, make_disk, stock_disk
 from lab.vm import POOL, Image, debian
-from sites import ENI, Site
+from sites import CLIENT, ENI, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 PRIMARY = ("10.0.1.10", "2001:db8:0:1::10")
@@ -26,6 +26,23 @@ FOR_THE_MIRROR = snippet("# The files for the web server, and their checksum")
 AT_ONCE = snippet("# At once")
 UPGRADE = snippet("# After an upgrade")
 UNINSTALL = snippet("# Uninstall")
+# Two ENIs, of which the first is that of a NAT instance, with a unit that needs it.
+SECOND = "10.0.1.23"
+NAMES = ("eth1", "enp2s0")  # of the first
+FILES = {
+    path: snippet(f"# {path}").replace(*NAMES)
+    for path in (
+        "/etc/nftables.conf",
+        "/etc/systemd/system/add_routes.service.d/default.conf",
+        "/etc/systemd/system/pages.service",
+    )
+} | {"/etc/sysctl.d/nat.conf": "net.ipv4.ip_forward=1\n"}
+DETACH_PATH = "/etc/systemd/system/eni.service.d/detach.conf"
+# cloud-init does its hot-plug for the drivers of EC2's NICs alone, and the lab's have another.
+HOT_PLUG = """
+sed -i 's/"vif|ena|ixgbevf"/"vif|ena|ixgbevf|virtio_net"/' \\
+    /usr/lib/python3/dist-packages/cloudinit/sources/DataSourceEc2.py
+"""
 PACE = 0.2  # seconds between two pings of the client
 # The ENI and its addresses stay, but networkd takes our routes away, or the addresses for a moment.
 DISTURBANCES = (
@@ -122,6 +139,69 @@ def test_the_life_of_a_cloud_image(
     site.check(host)
     assert host.is_active("eni.service") == "active"
     assert site.attaches() == attaches
+
+
+@pytest.mark.virtual_machine
+def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
+    lab: Lab, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Debian 13's cloud-init configures a hot-plugged ENI by netplan, some time after networkd has
+    done it by 80-eni.network. Debian 12's does so only if it is told to."""
+    site = Site(lab, tmp_path, ipv6=True)
+    commands = f"{HOT_PLUG}\nsystemctl enable nftables pages.service"
+    disk = make_disk(lab, Image("trixie", "netplan"), tmp_path / "cloud", FILES, commands)
+    host = site.boot(disk, options="", ip=PRIMARY[0], ipv6=PRIMARY[1:])
+    _, active = site.await_active(host)
+    record_property("power-on to eni.service active", active)
+    await_netplan(host, "enp2s0")
+    record_property("power-on to cloud-init's own configuration of the ENI", host.past())
+    site.await_both(host)
+    site.check(host)
+    site.check_main(host)
+    site.check_forwarding()
+    host.await_that(lambda: site.fetches(ENI))
+
+    # A second ENI, of another name.
+    second = lab.aws.create_eni(site.subnet, name="vpn", ip=SECOND)
+    host.sh("eni_ctl.py -a -n vpn -o /run/vpn")
+    await_netplan(host, "enp3s0")
+    host.await_that(lambda: site.pings(site.client, SECOND, 1))
+    host.await_that(lambda: site.calls(host, SECOND, CLIENT))
+    site.await_both(host)
+    site.check_main(host)
+    host.sh("eni_ctl.py -d -n vpn -o /run/vpn")
+    await_netplan_without(host, lab.aws.eni(second).mac_address)
+    site.await_both(host)
+    site.check(host)
+
+    # Stopped with the drop-in, it gives the ENI back; started, it takes it again.
+    host.write(DETACH_PATH, snippet(f"# {DETACH_PATH}"))
+    host.sh("systemctl daemon-reload; systemctl stop eni.service")
+    assert site.holder() is None
+    await_netplan_without(host, lab.aws.eni(site.eni).mac_address)
+    host.await_that(lambda: site.pings(site.client, PRIMARY[0], 1))
+    site.check_without(host)
+    site.check_main(host)
+    host.sh("systemctl start eni.service")
+    await_netplan(host, "enp2s0")
+    site.await_both(host)
+    site.check(host)
+    site.check_forwarding()
+
+
+# cloud-init rewrites netplan's file for each ENI that comes or goes, and has netplan apply it.
+NETPLAN = "cat /etc/netplan/50-cloud-init.yaml; systemctl is-active cloud-init-hotplugd.service"
+
+
+def await_netplan(host: Booted, device: str) -> None:
+    """Wait until networkd has the device's addresses by a file of netplan's."""
+    pattern = r"/10-netplan-.*\(configured\).*\binactive$"
+    told = f"networkctl status {device} | cat; {NETPLAN}"
+    host.await_sh(told, lambda s: re.search(pattern, s, re.S) is not None)
+
+
+def await_netplan_without(host: Booted, mac: str) -> None:
+    host.await_sh(NETPLAN, lambda s: mac not in s and s.endswith("inactive"))
 
 
 @contextmanager
