@@ -19,7 +19,7 @@ PACE = 0.2  # seconds between two pings of the client
 HOSTS = {
     Image("bullseye", "cloud-ifupdown"): (
         "/etc/network/interfaces.d/eni",
-        ["ifdown eth1; ifup eth1", "systemctl restart networking"],
+        ["ifdown eth1; ifup eth1", "systemctl restart networking; ifup eth1"],
     ),
     Image("bookworm", "networkmanager"): (
         "/etc/NetworkManager/conf.d/80-eni.conf",

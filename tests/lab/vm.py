@@ -62,7 +62,9 @@ NETWORK_PACKAGES = {
     "ifupdown": "ifupdown,isc-dhcp-client,python3-boto3,python3-requests",
     # As Debian's own images for EC2 are: those of Debian 12 and 13, and that of 11. They lack
     # what README's install section installs.
-    "netplan": "cloud-init,netplan.io,systemd-resolved,libnss-resolve,dbus,openssh-server",
+    "netplan": (
+        "cloud-init,e2fsprogs,netplan.io,systemd-resolved,libnss-resolve,dbus,openssh-server"
+    ),
     "cloud-ifupdown": "cloud-init,ifupdown,isc-dhcp-client,dbus,openssh-server",
     "networkmanager": "network-manager,dbus",
 }
