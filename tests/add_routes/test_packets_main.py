@@ -227,7 +227,7 @@ def test_a_route_by_a_gateway_that_is_in_no_subnet_is_kept(
 ) -> None:
     host = make_host()
     pod = world.add_pod(world.neighbour, *POD)
-    world.neighbour.ip("addr", "add", "192.0.2.1/32", "dev", "eth0")
+    world.neighbour.ip("addr", "replace", "192.0.2.1/32", "dev", "eth0")
     world.vpc.own(world.mac_of["neighbour"], "192.0.2.1")
     start(host, SAME, f"route add {PODS[4]} via 192.0.2.1 dev eth0 onlink")
     host.settles(host.talks(ETH0[0], peers=[pod]))
