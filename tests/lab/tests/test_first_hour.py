@@ -214,7 +214,9 @@ def test_ctrl_c_at_the_prompt_ends_what_runs_there_and_nothing_else(
     prompt = terminal.wait_for(r"i-[0-9a-f]+# ")
     # What is typed before Ctrl-C has been dealt with is dropped by the terminal.
     interrupted = rf"\^C[^#]*{prompt}"
-    terminal.type("echo never\x03")
+    terminal.type("echo never")
+    terminal.wait_for("echo never")  # bash reads now; before that, it may show no second prompt
+    terminal.type("\x03")
     terminal.wait_for(interrupted)
     terminal.type("echo ready; cat\n")
     terminal.wait_for("ready\r\n")
