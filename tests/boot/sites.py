@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,9 @@ from lab.vpc import Host, run
 ENIS = ("10.0.1.22", "2001:db8:0:1::22")
 CLIENTS = ("10.0.2.50", "2001:db8:0:2::50")
 NEIGHBOURS = ("10.0.1.60", "2001:db8:0:1::60")
+PRIMARY = ("10.0.1.10", "2001:db8:0:1::10")  # of the first host that boots
 ENI, CLIENT, NEIGHBOUR = ENIS[0], CLIENTS[0], NEIGHBOURS[0]
-
-
-@dataclass
-class Pinged:
-    lost: int = 0
+PACE = 0.2  # seconds between two pings of the client
 
 
 class Site:
@@ -132,18 +127,18 @@ class Site:
             assert f"dev {primary[4]} " in f"{best} ", routes
         assert machine.sh("getent ahostsv4 ec2.us-west-1.amazonaws.com")
 
-    @contextmanager
-    def asking(self, address: str, pace: float) -> Iterator[Pinged]:
-        """Meanwhile the client pings the address; then, how often that was in vain."""
-        ping = self.client.popen("ping", "-i", str(pace), address)
-        pinged = Pinged()
+    def pings_lost(self, machine: Booted, command: str) -> int:
+        """What it costs when an administrator changes the network by that command: how many pings
+        to the ENI were in vain until both addresses are reached again, at one every PACE."""
+        ping = self.client.popen("ping", "-i", str(PACE), ENI)
         try:
-            yield pinged
+            machine.sh(command)
+            self.await_both(machine)
         finally:
             ping.send_signal(signal.SIGINT)  # it ends with a summary
             told, _ = ping.communicate()
         sent, received = re.findall(r"(\d+) (?:packets transmitted|received)", told)
-        pinged.lost = int(sent) - int(received)
+        return int(sent) - int(received)
 
     def calls(self, machine: Booted, address: str, other: str) -> bool:
         """Whether the other host sees what the machine sends from the address as coming from it."""

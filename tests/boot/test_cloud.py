@@ -16,10 +16,9 @@ import pytest
 from lab import SCRIPTS, TOP, Lab, snippet
 from lab.boot import INSTALL, SOURCE, Booted, Mirror, make_disk, stock_disk
 from lab.vm import POOL, Image, debian
-from sites import CLIENT, ENI, Site
+from sites import CLIENT, ENI, PRIMARY, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
-PRIMARY = ("10.0.1.10", "2001:db8:0:1::10")
 SPARE = ("10.0.1.11", "2001:db8:0:1::11")
 USER_DATA = snippet("#cloud-config")
 FOR_THE_MIRROR = snippet("# The files for the web server, and their checksum")
@@ -43,7 +42,6 @@ HOT_PLUG = """
 sed -i 's/"vif|ena|ixgbevf"/"vif|ena|ixgbevf|virtio_net"/' \\
     /usr/lib/python3/dist-packages/cloudinit/sources/DataSourceEc2.py
 """
-PACE = 0.2  # seconds between two pings of the client
 # The ENI and its addresses stay, but networkd takes our routes away, or the addresses for a moment.
 DISTURBANCES = (
     "networkctl reconfigure enp2s0",
@@ -77,10 +75,8 @@ def test_the_life_of_a_cloud_image(
 
     # What an administrator does, and what it costs.
     for command in DISTURBANCES:
-        with site.asking(ENI, PACE) as asked:
-            host.sh(command)
-            site.await_both(host)
-        record_property(f"{command}: pings lost, of five a second", asked.lost)
+        lost = site.pings_lost(host, command)
+        record_property(f"{command}: pings lost, of five a second", lost)
         site.check_main(host)
 
     # A reboot with the ENI attached: cloud-init knows of it now.

@@ -11,11 +11,9 @@ import pytest
 from lab import Lab, snippet
 from lab.boot import make_disk
 from lab.vm import Image
-from sites import ENI, Site
+from sites import PRIMARY, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
-PRIMARY = ("10.0.1.10", "2001:db8:0:1::10")
-PACE = 0.2  # seconds between two pings of the client
 HOSTS = {
     Image("bullseye", "cloud-ifupdown"): (
         "/etc/network/interfaces.d/eni",
@@ -50,10 +48,8 @@ def test_the_life_of_a_host_that_configures_the_eni_by_itself(
 
     # What an administrator does, and what it costs.
     for command in disturbances:
-        with site.asking(ENI, PACE) as asked:
-            host.sh(command)
-            site.await_both(host)
-        record_property(f"{command}: pings lost, of five a second", asked.lost)
+        lost = site.pings_lost(host, command)
+        record_property(f"{command}: pings lost, of five a second", lost)
         site.check_main(host)
 
     # A reboot with the ENI attached.
