@@ -201,10 +201,10 @@ class Vpc:
         self.ports: dict[str, str] = {}  # MAC address of the inner end: name of the outer end
         self.count = 0
         self.leases: dict[str, str] = {}  # MAC address: dnsmasq's line
-        self.dnsmasq: subprocess.Popen[bytes] | None = None
+        self.dnsmasq: subprocess.Popen[str] | None = None
         self.names: Sequence[str] = ()  # that its resolver knows
-        self.dnsmasq_log: deque[bytes] = deque(maxlen=200)  # its last lines
-        self.lock = threading.Lock()  # a plug comes from a thread of the simulated AWS
+        self.dnsmasq_log: deque[str] = deque(maxlen=200)  # its last lines
+        self.lock = threading.RLock()  # a plug comes from a thread of the simulated AWS
         own = (f"{ENDPOINT}/32", f"{MIRROR}/32", f"{IMDS[0]}/32", f"{RESOLVER}/32")
         addresses = [f"addr add {address} dev lo" for address in own]
         own6 = (f"{ENDPOINT6}/128", f"{IMDS[1]}/128")
@@ -325,30 +325,41 @@ class Vpc:
             dns.append(f"--address=/{MIRROR_NAME}/{MIRROR}")
         # As who we are: another user could not read our file, and there may be no other.
         plain = ["--user=", "--group=", "--no-ping", "--enable-ra", "--log-dhcp"]
+        command = ["dnsmasq", "--keep-in-foreground", "--log-facility=-"]
+        with self.lock:
+            while said := self.start_dnsmasq([*command, *plain, *dns, *files, *ranges]):
+                # It has looked at a port that went meanwhile, which ends it.
+                if "No such device" not in said:
+                    raise RuntimeError(f"dnsmasq ended: {said}")
+
+    def start_dnsmasq(self, command: Sequence[str]) -> str:
+        """Start it, and wait until it has read the leases. If it ended before: what it said."""
         self.dnsmasq = subprocess.Popen(
-            ["dnsmasq", "--keep-in-foreground", "--log-facility=-", *plain, *dns, *files, *ranges],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
         assert self.dnsmasq.stderr
+        said = ""
         for line in self.dnsmasq.stderr:
-            if b"read " in line and str(LEASES).encode() in line:
-                break
-        else:
-            raise RuntimeError(f"dnsmasq ended: {self.dnsmasq.wait()}")
-        follow = partial(self.dnsmasq_log.extend, self.dnsmasq.stderr)
-        threading.Thread(target=follow, daemon=True).start()
+            said += line
+            if f"read {LEASES}" in line:
+                follow = partial(self.dnsmasq_log.extend, self.dnsmasq.stderr)
+                threading.Thread(target=follow, daemon=True).start()
+                return ""
+        status = self.dnsmasq.wait()
+        self.dnsmasq = None
+        return f"{said.strip()} (exit status {status})"
 
     def stop_dhcp(self) -> None:
         """DHCP is out of order."""
-        if self.dnsmasq:
-            self.dnsmasq.kill()
-            self.dnsmasq.wait()
-            self.dnsmasq = None
+        with self.lock:
+            if self.dnsmasq:
+                self.dnsmasq.kill()
+                self.dnsmasq.wait()
+                self.dnsmasq = None
 
     def account(self) -> str:
         """For a test that fails: what went through each port, and what DHCP did."""
-        dhcp = b"".join(self.dnsmasq_log).decode(errors="replace")
+        dhcp = "".join(self.dnsmasq_log)
         return run("ip", "-statistics", "link") + run("nft", "list", "counters") + dhcp
 
     def set_source_check(self, mac: str, on: bool) -> None:
