@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lab import Lab, await_that
+from lab import Lab, await_that, snippet
 from lab.boot import Booted, boot
 from lab.vm import Disk
 from lab.vpc import Host, run
@@ -20,7 +20,21 @@ CLIENTS = ("10.0.2.50", "2001:db8:0:2::50")
 NEIGHBOURS = ("10.0.1.60", "2001:db8:0:1::60")
 PRIMARY = ("10.0.1.10", "2001:db8:0:1::10")  # of the first host that boots
 ENI, CLIENT, NEIGHBOUR = ENIS[0], CLIENTS[0], NEIGHBOURS[0]
+SPARE = ("10.0.1.11", "2001:db8:0:1::11")  # of one that waits for the ENI
+SECOND = "10.0.1.23"  # of another ENI
 PACE = 0.2  # seconds between two pings of the client
+# README's files of a NAT instance that runs add_routes.service, with a unit that needs the ENI.
+NAT_FILES = {
+    path: snippet(f"# {path}")
+    for path in (
+        "/etc/nftables.conf",
+        "/etc/systemd/system/add_routes.service.d/default.conf",
+        "/etc/systemd/system/pages.service",
+    )
+} | {"/etc/sysctl.d/nat.conf": "net.ipv4.ip_forward=1\n"}
+ENABLE_NAT = "systemctl enable nftables pages.service"
+DETACH_PATH = "/etc/systemd/system/eni.service.d/detach.conf"
+DETACH = snippet(f"# {DETACH_PATH}")
 
 
 class Site:
@@ -122,7 +136,7 @@ class Site:
         """Main's best default route of each family is the primary interface's; names resolve."""
         primary = machine.sh(f"grep -l {machine.instance.mac} /sys/class/net/*/address").split("/")
         for family in ("-4", "-6"):
-            routes = machine.sh(f"ip {family} route show default").splitlines()
+            routes = machine.sh(f"ip -oneline {family} route show default").splitlines()
             best = min(routes, key=metric)
             assert f"dev {primary[4]} " in f"{best} ", routes
         assert machine.sh("getent ahostsv4 ec2.us-west-1.amazonaws.com")
@@ -143,6 +157,17 @@ class Site:
     def calls(self, machine: Booted, address: str, other: str) -> bool:
         """Whether the other host sees what the machine sends from the address as coming from it."""
         return machine.ask(other, address) == address
+
+    def await_ssh(self, machine: Booted) -> float:
+        """Wait until the primary address greets the client as an SSH server does; when it did."""
+        script = (
+            "import socket, sys\n"
+            "with socket.create_connection((sys.argv[1], 22), timeout=60) as server:\n"
+            "    print(server.recv(80).decode())"
+        )
+        command = ["/usr/bin/python3", "-I", "-c", script, machine.addresses[0]]
+        machine.await_that(lambda: self.client.run(*command).stdout.startswith("SSH-"))
+        return machine.past()
 
     def fetches(self, address: str) -> bool:
         """Whether the client gets a web page from there."""

@@ -16,27 +16,25 @@ import pytest
 from lab import SCRIPTS, TOP, Lab, snippet
 from lab.boot import INSTALL, SOURCE, Booted, Mirror, make_disk, stock_disk
 from lab.vm import POOL, Image, debian
-from sites import CLIENT, ENI, PRIMARY, Site
+from sites import (
+    CLIENT,
+    DETACH,
+    DETACH_PATH,
+    ENABLE_NAT,
+    ENI,
+    NAT_FILES,
+    PRIMARY,
+    SECOND,
+    SPARE,
+    Site,
+)
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
-SPARE = ("10.0.1.11", "2001:db8:0:1::11")
 USER_DATA = snippet("#cloud-config")
 FOR_THE_MIRROR = snippet("# The files for the web server, and their checksum")
 AT_ONCE = snippet("# At once")
 UPGRADE = snippet("# After an upgrade")
 UNINSTALL = snippet("# Uninstall")
-# Two ENIs, of which the first is that of a NAT instance, with a unit that needs it.
-SECOND = "10.0.1.23"
-NAMES = ("eth1", "enp2s0")  # of the first
-FILES = {
-    path: snippet(f"# {path}").replace(*NAMES)
-    for path in (
-        "/etc/nftables.conf",
-        "/etc/systemd/system/add_routes.service.d/default.conf",
-        "/etc/systemd/system/pages.service",
-    )
-} | {"/etc/sysctl.d/nat.conf": "net.ipv4.ip_forward=1\n"}
-DETACH_PATH = "/etc/systemd/system/eni.service.d/detach.conf"
 # cloud-init does its hot-plug for the drivers of EC2's NICs alone, and the lab's have another.
 HOT_PLUG = """
 sed -i 's/"vif|ena|ixgbevf"/"vif|ena|ixgbevf|virtio_net"/' \\
@@ -91,11 +89,13 @@ def test_the_life_of_a_cloud_image(
     with mirror(image, tmp_path / "mirror") as user_data:
         options = {"ip": SPARE[0], "ipv6": SPARE[1:], "user_data": user_data}
         spare = site.boot(stock, options="", **options)
+        ssh = site.await_ssh(spare)
         spare.await_sh("ls /var/lib/cloud/instance/boot-finished", bool)
         told = spare.sh("cat /var/log/cloud-init-output.log")
         assert spare.vm.run("cloud-init status").stdout == "status: done\n", told
-    record_property("power-on to the end of user data, of a host that waits", spare.past())
-    assert not spare.waits_for("multi-user.target", "eni.service")
+    record_property("power-on to ssh, of a host that waits", ssh)
+    record_property("power-on to the end of its user data", spare.past())
+    assert spare.ordered_after("eni.service") == {"shutdown.target"}
     assert spare.is_active("multi-user.target") == "active"
     assert spare.is_active("eni.service") == "activating"
     assert site.holder() == host.instance.id
@@ -144,8 +144,9 @@ def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
     """Debian 13's cloud-init configures a hot-plugged ENI by netplan, some time after networkd has
     done it by 80-eni.network. Debian 12's does so only if it is told to."""
     site = Site(lab, tmp_path, ipv6=True)
-    commands = f"{HOT_PLUG}\nsystemctl enable nftables pages.service"
-    disk = make_disk(lab, Image("trixie", "netplan"), tmp_path / "cloud", FILES, commands)
+    files = {path: text.replace("eth1", "enp2s0") for path, text in NAT_FILES.items()}
+    commands = f"{HOT_PLUG}\n{ENABLE_NAT}"
+    disk = make_disk(lab, Image("trixie", "netplan"), tmp_path / "cloud", files, commands)
     host = site.boot(disk, options="", ip=PRIMARY[0], ipv6=PRIMARY[1:])
     _, active = site.await_active(host)
     record_property("power-on to eni.service active", active)
@@ -171,7 +172,7 @@ def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
     site.check(host)
 
     # Stopped with the drop-in, it gives the ENI back; started, it takes it again.
-    host.write(DETACH_PATH, snippet(f"# {DETACH_PATH}"))
+    host.write(DETACH_PATH, DETACH)
     host.sh("systemctl daemon-reload; systemctl stop eni.service")
     assert site.holder() is None
     await_netplan_without(host, lab.aws.eni(site.eni).mac_address)

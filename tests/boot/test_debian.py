@@ -17,15 +17,12 @@ import pytest
 from lab import README, TOP, Lab, files_of_readme, nat_interfaces, snippet
 from lab.boot import make_disk
 from lab.vm import RELEASES, Image
-from sites import ENI, Site
+from sites import DETACH, DETACH_PATH, ENI, NAT_FILES, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 INTERFACES = snippet("# /etc/network/interfaces")
 NAT_INTERFACES = nat_interfaces()
-DETACH = snippet("# /etc/systemd/system/eni.service.d/detach.conf")
 OPTIONS = snippet("# /etc/systemd/system/eni.service.d/options.conf")
-NFTABLES = snippet("# /etc/nftables.conf")
-PAGES = snippet("# /etc/systemd/system/pages.service")
 # The disk that it is run on is not running yet.
 SERVICE = snippet("install -m 755 add_routes.py /usr/local/sbin/").replace(" --now", "")
 UNITS = (TOP / "systemd/eni.service", TOP / "systemd/add_routes.service")
@@ -51,7 +48,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
         tmp_path / "nat",
         {
             "/etc/network/interfaces": NAT_INTERFACES,
-            "/etc/nftables.conf": NFTABLES,
+            "/etc/nftables.conf": NAT_FILES["/etc/nftables.conf"],
             "/etc/sysctl.d/nat.conf": "net.ipv4.ip_forward=1\n",
         },
         "systemctl enable nftables",
@@ -64,7 +61,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
         {
             "/etc/network/interfaces": re.sub(".*add_routes.py.*\n", "", stanzas),
             "/etc/sysctl.d/hardened.conf": "user.max_user_namespaces=0\n",
-            "/etc/systemd/system/pages.service": PAGES,
+            "/etc/systemd/system/pages.service": NAT_FILES["/etc/systemd/system/pages.service"],
         },
         f"{SERVICE}\nsystemctl enable pages.service",
     )
@@ -104,7 +101,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
     spare.await_sh("journalctl --boot --unit eni", lambda s: "is held by" in s)
     # The spare's boot has not waited for the ENI; the unit that needs it does.
     spare.await_sh("systemctl is-active multi-user.target", lambda s: s == "active")
-    assert not spare.waits_for("multi-user.target", "eni.service")
+    assert spare.ordered_after("eni.service") == {"shutdown.target", "pages.service"}
     assert spare.is_active("eni.service") == "activating"
     assert spare.is_active("pages.service") == "inactive"
     assert spare.is_active("add_routes.service") == "active"
@@ -148,7 +145,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
     assert lab.aws.instances[spare.instance.id].model.state != "terminated"
 
     # Stopped with the drop-in, it gives the ENI back; started, it takes it again. By hand, too.
-    heir.write("/etc/systemd/system/eni.service.d/detach.conf", DETACH)
+    heir.write(DETACH_PATH, DETACH)
     heir.sh("systemctl daemon-reload")
     for stop, start in (
         ("systemctl stop eni.service", "systemctl start eni.service"),

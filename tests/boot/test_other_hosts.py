@@ -11,7 +11,18 @@ import pytest
 from lab import Lab, snippet
 from lab.boot import make_disk
 from lab.vm import Image
-from sites import PRIMARY, Site
+from sites import (
+    CLIENT,
+    DETACH,
+    DETACH_PATH,
+    ENABLE_NAT,
+    ENI,
+    NAT_FILES,
+    PRIMARY,
+    SECOND,
+    SPARE,
+    Site,
+)
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 HOSTS = {
@@ -35,9 +46,11 @@ HOSTS = {
 def test_the_life_of_a_host_that_configures_the_eni_by_itself(
     lab: Lab, tmp_path: Path, image: Image, record_property: Callable[[str, object], None]
 ) -> None:
+    """It is a NAT instance with a unit that needs the ENI, and so is its spare."""
     site = Site(lab, tmp_path, ipv6=True)
     path, disturbances = HOSTS[image]
-    disk = make_disk(lab, image, tmp_path / "disk", {path: snippet(f"# {path}")})
+    own = snippet(f"# {path}")
+    disk = make_disk(lab, image, tmp_path / "disk", {path: own, **NAT_FILES}, ENABLE_NAT)
 
     # The first boot.
     host = site.boot(disk, ip=PRIMARY[0], ipv6=PRIMARY[1:])
@@ -45,19 +58,64 @@ def test_the_life_of_a_host_that_configures_the_eni_by_itself(
     record_property("power-on to eni.service active", active)
     site.check(host)
     site.check_main(host)
+    site.check_forwarding()
+    host.await_that(lambda: site.fetches(ENI))
 
     # What an administrator does, and what it costs.
     for command in disturbances:
         lost = site.pings_lost(host, command)
         record_property(f"{command}: pings lost, of five a second", lost)
         site.check_main(host)
+        site.check_forwarding()
 
-    # A reboot with the ENI attached.
+    # A second ENI, of another name, by hand.
+    second = lab.aws.create_eni(site.subnet, name="vpn", ip=SECOND)
+    host.write(f"{path}-vpn", own.replace("eth1", "eth2"))
+    host.sh("eni_ctl.py -a -n vpn -o /run/vpn")
+    host.await_that(lambda: site.pings(site.client, SECOND, 1))
+    host.await_that(lambda: site.calls(host, SECOND, CLIENT))
+    site.check(host)
+    site.check_main(host)
+    host.sh("eni_ctl.py -d -n vpn -o /run/vpn")
+    assert lab.aws.eni(second).mac_address not in host.sh("ip link")
+    site.check(host)
+
+    # A reboot with the ENI attached. Beside it a spare boots, where nothing waits but eni.service.
+    attaches = site.attaches()
     host.vm.reboot()
+    spare = site.boot(disk, ip=SPARE[0], ipv6=SPARE[1:])
+    record_property("power-on to ssh, of a host that waits", site.await_ssh(spare))
     site.await_active(host)
     site.check(host)
     site.check_main(host)
-    assert site.attaches() == 1
+    site.check_forwarding()
+    spare.await_sh("systemctl is-active multi-user.target", lambda s: s == "active")
+    record_property("its start to multi-user.target", spare.reached_multi_user())
+    assert spare.ordered_after("eni.service") == {"shutdown.target", "pages.service"}
+    assert spare.is_active("eni.service") == "activating"
+    assert spare.is_active("pages.service") == "inactive"
+    assert site.attaches() == attaches
+
+    # Stopped with the drop-in, the host gives the ENI back, and the spare has it.
+    host.write(DETACH_PATH, DETACH)
+    host.sh("systemctl daemon-reload; systemctl stop eni.service")
+    site.await_active(spare)
+    site.check_without(host)
+    site.check_main(host)
+    site.check(spare)
+    site.check_main(spare)
+    site.check_forwarding()
+    spare.await_that(lambda: site.fetches(ENI))
+
+    # The spare is killed, and the host takes the ENI over, while the group still ends the spare.
+    spare.vm.power_off()
+    lab.aws.shutdown_delay = 600
+    lab.aws.terminate(spare.instance)
+    host.sh("systemctl start eni.service")
+    site.check(host)
+    site.check_main(host)
+    site.check_forwarding()
+    host.await_that(lambda: site.fetches(ENI))
 
     # By hand: detach.
     host.sh("eni_ctl.py -d")

@@ -245,9 +245,9 @@ class Booted:
         """systemd's word for the unit's state."""
         return self.vm.run(f"systemctl is-active {unit}").stdout.strip()
 
-    def waits_for(self, target: str, unit: str) -> bool:
-        """Whether systemd starts the target only after the unit, however long that takes."""
-        return unit in self.sh(f"systemctl show --value --property After {target}").split()
+    def ordered_after(self, unit: str) -> set[str]:
+        """The units that systemd starts only when this one has started, or has failed."""
+        return set(self.sh(f"systemctl show --value --property Before {unit}").split())
 
     def journal(self) -> str:
         """For a test that fails: what the guest's network set-up and eni.service say, and what the

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -54,7 +55,7 @@ IMAGES = (
 )
 
 PACKAGES = (
-    "linux-image-cloud-amd64,systemd-sysv,udev,iproute2,nftables,ca-certificates,"
+    "linux-image-cloud-amd64,systemd-sysv,udev,iproute2,nftables,ca-certificates,openssh-server,"
     "qemu-guest-agent"  # by which the tests run commands
 )
 NETWORK_PACKAGES = {
@@ -62,10 +63,8 @@ NETWORK_PACKAGES = {
     "ifupdown": "ifupdown,isc-dhcp-client,python3-boto3,python3-requests",
     # As Debian's own images for EC2 are: those of Debian 12 and 13, and that of 11. They lack
     # what README's install section installs.
-    "netplan": (
-        "cloud-init,e2fsprogs,netplan.io,systemd-resolved,libnss-resolve,dbus,openssh-server"
-    ),
-    "cloud-ifupdown": "cloud-init,ifupdown,isc-dhcp-client,dbus,openssh-server",
+    "netplan": "cloud-init,e2fsprogs,netplan.io,systemd-resolved,libnss-resolve,dbus",
+    "cloud-ifupdown": "cloud-init,ifupdown,isc-dhcp-client,dbus",
     "networkmanager": "network-manager,dbus",
 }
 # What README installs, and the image has not, lies here as packages, with an index. So the tests
@@ -135,12 +134,20 @@ def mirror() -> str:
 def debian(image: Image, cache_dir: Path = CACHE) -> Path:
     """The root tree of an image, cached. Only a whole one ever has the final name."""
     recipe = [*OPTIONS, f"--include={PACKAGES},{NETWORK_PACKAGES[image.network]}"]
-    name = "-".join(image)
     key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
-    tree = cache_dir / f"{name}-{key}"
-    if tree.is_dir():
-        return tree
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    tree = cache_dir / f"{'-'.join(image)}-{key}"
+    if not tree.is_dir():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with (cache_dir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may make it, too
+            if not tree.is_dir():
+                make_tree(image, recipe, tree)
+    return tree
+
+
+def make_tree(image: Image, recipe: Sequence[str], tree: Path) -> None:
+    """In the place of those that an older recipe has made."""
+    name, cache_dir = "-".join(image), tree.parent
     free = shutil.disk_usage(cache_dir).free >> 20
     if free < TREE_SIZE:
         raise SystemExit(
@@ -161,7 +168,6 @@ def debian(image: Image, cache_dir: Path = CACHE) -> Path:
     except BaseException:
         remove_tree(partial)
         raise
-    return tree
 
 
 def remove_tree(path: Path) -> None:
