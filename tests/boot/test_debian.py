@@ -100,8 +100,8 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
     site.check_forwarding()
     spare.await_sh("journalctl --boot --unit eni", lambda s: "is held by" in s)
     # The spare's boot has not waited for the ENI; the unit that needs it does.
-    spare.await_sh("systemctl is-active multi-user.target", lambda s: s == "active")
     assert spare.ordered_after("eni.service") == {"shutdown.target", "pages.service"}
+    spare.await_sh("systemctl is-active multi-user.target", lambda s: s == "active")
     assert spare.is_active("eni.service") == "activating"
     assert spare.is_active("pages.service") == "inactive"
     assert spare.is_active("add_routes.service") == "active"

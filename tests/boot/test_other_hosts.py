@@ -89,9 +89,9 @@ def test_the_life_of_a_host_that_configures_the_eni_by_itself(
     site.check(host)
     site.check_main(host)
     site.check_forwarding()
+    assert spare.ordered_after("eni.service") == {"shutdown.target", "pages.service"}
     spare.await_sh("systemctl is-active multi-user.target", lambda s: s == "active")
     record_property("its start to multi-user.target", spare.reached_multi_user())
-    assert spare.ordered_after("eni.service") == {"shutdown.target", "pages.service"}
     assert spare.is_active("eni.service") == "activating"
     assert spare.is_active("pages.service") == "inactive"
     assert site.attaches() == attaches
