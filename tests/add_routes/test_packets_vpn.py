@@ -60,7 +60,8 @@ def test_both_addresses_call_through_a_tunnel(
     here.connect(there, f"{THERE},192.0.2.0/24")
     there.connect(here, f"{HERE},{place[0]},{ETH0[0]}", endpoint=ETH0[0])
     # What the tunnel itself is made of must not go by the tunnel.
-    world.client.ip("rule", "add", "pref", "10", "ipproto", "udp", "lookup", "200")
+    udp = "17"  # a minimal Debian has no /etc/protocols
+    world.client.ip("rule", "add", "pref", "10", "ipproto", udp, "lookup", "200")
     world.client.ip("route", "replace", "default", "via", "10.0.2.1", "table", "200")
     try:
         calls = [Call(host, "192.0.2.5", source, source) for source in (ETH0[0], place[0], HERE)]

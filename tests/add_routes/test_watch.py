@@ -339,10 +339,11 @@ def test_a_broken_ip_does_not_end_it(kernel: Kernel, start: Start) -> None:
 
 @pytest.mark.parametrize("end", ["2>&-", "2>&1 | true"])
 def test_nobody_needs_to_read_what_it_says(kernel: Kernel, end: str) -> None:
-    line = f"{SCRIPT} --watch -d 'eth*' >/dev/null {end}"
+    starter = "sh -c 'echo $$ >/run/watch.pid; exec \"$@\"' sh"
+    line = f"{starter} {SCRIPT} --watch -d 'eth*' >/dev/null {end}"
     shell = subprocess.Popen(kernel.command("sh", "-c", line))
     await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1", PATIENCE)
     kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
     await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1", PATIENCE)
-    kernel.sh("kill $(fuser /run/add_routes.watch.lock 2>/dev/null)")
+    kernel.sh("kill $(cat /run/watch.pid)")
     shell.wait(PATIENCE)

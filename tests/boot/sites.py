@@ -119,6 +119,18 @@ class Site:
         run("ip", "route", "replace", "default", "via", ENI, "table", "77")
         await_that(lambda: self.private.ask(CLIENT) == ENI, 600)
 
+    def check_a_second_eni(self, machine: Booted) -> None:
+        """An ENI of another name comes and goes by hand, and the first one works all the time."""
+        eni = self.lab.aws.create_eni(self.subnet, name="vpn", ip=SECOND)
+        machine.sh("eni_ctl.py -a -n vpn -o /run/vpn")
+        machine.await_that(lambda: self.pings(self.client, SECOND, 1))
+        machine.await_that(lambda: self.calls(machine, SECOND, CLIENT))
+        self.check(machine)
+        self.check_main(machine)
+        machine.sh("eni_ctl.py -d -n vpn -o /run/vpn")
+        assert self.lab.aws.eni(eni).mac_address not in machine.sh("ip link")
+        self.check(machine)
+
     def check_without(self, machine: Booted) -> None:
         """Device, rules and table of the ENI are gone, the state file says so, the primary
         interface works."""

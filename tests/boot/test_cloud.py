@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from lab import SCRIPTS, TOP, Lab, snippet
@@ -35,6 +36,15 @@ FOR_THE_MIRROR = snippet("# The files for the web server, and their checksum")
 AT_ONCE = snippet("# At once")
 UPGRADE = snippet("# After an upgrade")
 UNINSTALL = snippet("# Uninstall")
+FILES = {path: text.replace("eth1", "enp2s0") for path, text in NAT_FILES.items()}
+# What the user adds to these user data: a unit that needs the ENI.
+PAGES_PATH = "/etc/systemd/system/pages.service"
+WRITE_PAGES = f"""
+write_files:
+  - path: {PAGES_PATH}
+    content: |
+{indent(NAT_FILES[PAGES_PATH], 6 * " ")}
+"""
 # cloud-init does its hot-plug for the drivers of EC2's NICs alone, and the lab's have another.
 HOT_PLUG = """
 sed -i 's/"vif|ena|ixgbevf"/"vif|ena|ixgbevf|virtio_net"/' \\
@@ -53,9 +63,10 @@ DISTURBANCES = (
 def test_the_life_of_a_cloud_image(
     lab: Lab, tmp_path: Path, release: str, record_property: Callable[[str, object], None]
 ) -> None:
+    """It is a NAT instance; its spare is a plain host."""
     site = Site(lab, tmp_path, ipv6=True)
     image = Image(release, "netplan")
-    disk = make_disk(lab, image, tmp_path / "cloud", {})
+    disk = make_disk(lab, image, tmp_path / "cloud", FILES, ENABLE_NAT)
     stock = stock_disk(lab, image, tmp_path / "stock")
 
     # The first boot.
@@ -70,19 +81,27 @@ def test_the_life_of_a_cloud_image(
     assert f"attached {site.eni} ({ENI}) as enp2s0" in journal
     lines = [line for line in journal.splitlines() if not re.search("waiting, [0-9]+ s of ", line)]
     assert len(lines) <= 12, journal
+    site.check_forwarding()
+    host.await_that(lambda: site.fetches(ENI))
 
     # What an administrator does, and what it costs.
     for command in DISTURBANCES:
         lost = site.pings_lost(host, command)
         record_property(f"{command}: pings lost, of five a second", lost)
         site.check_main(host)
+        site.check_forwarding()
+
+    # A second ENI, of another name, by hand.
+    site.check_a_second_eni(host)
 
     # A reboot with the ENI attached: cloud-init knows of it now.
+    attaches = site.attaches()
     host.vm.reboot()
     site.await_active(host)
     site.check(host)
     site.check_main(host)
-    assert site.attaches() == 1
+    site.check_forwarding()
+    assert site.attaches() == attaches
 
     # A spare of the stock image boots beside it, and user data install all. Nothing there waits
     # for the ENI but eni.service.
@@ -95,29 +114,42 @@ def test_the_life_of_a_cloud_image(
         assert spare.vm.run("cloud-init status").stdout == "status: done\n", told
     record_property("power-on to ssh, of a host that waits", ssh)
     record_property("power-on to the end of its user data", spare.past())
-    assert spare.ordered_after("eni.service") == {"shutdown.target"}
+    assert spare.ordered_after("eni.service") == {"shutdown.target", "pages.service"}
     assert spare.is_active("multi-user.target") == "active"
     assert spare.is_active("eni.service") == "activating"
+    assert spare.is_active("pages.service") == "inactive"
     assert site.holder() == host.instance.id
 
-    # By hand: detach, and the spare has it.
-    host.sh("eni_ctl.py -d")
+    # Stopped with the drop-in, the host gives the ENI back, and the spare has it.
+    host.write(DETACH_PATH, DETACH)
+    host.sh("systemctl daemon-reload; systemctl stop eni.service")
     site.await_active(spare)
     site.check_without(host)
     site.check_main(host)
     site.check(spare)
     site.check_main(spare)
+    spare.await_that(lambda: site.fetches(ENI))
 
-    # The spare is killed, and the first host attaches again, while the group still ends the spare.
+    # The spare is killed, and the host takes the ENI over, while the group still ends the spare.
     spare.vm.power_off()
     lab.aws.shutdown_delay = 600
     lab.aws.terminate(spare.instance)
+    host.sh("systemctl start eni.service")
+    site.check(host)
+    site.check_main(host)
+    site.check_forwarding()
+
+    # By hand: detach, and attach.
+    host.sh("eni_ctl.py -d")
+    site.check_without(host)
+    site.check_main(host)
     host.sh("eni_ctl.py -a")
     site.check(host)
     site.check_main(host)
 
-    # Uninstalled, it leaves nothing but the table's name.
+    # Uninstalled, with what the user has added, it leaves nothing but the table's name.
     host.sh(UNINSTALL)
+    host.sh("cd /etc/systemd/system; rm -r *.service.d; systemctl disable pages.service")
     assert site.holder() is None
     left = host.sh("ip rule; ip -6 rule; ip route show table all; ip link; ls /etc/systemd/system")
     assert not re.search(r"proto 77|group 7700|eni|add_routes", left), left
@@ -138,22 +170,19 @@ def test_the_life_of_a_cloud_image(
 
 
 @pytest.mark.virtual_machine
-@pytest.mark.parametrize("release", ["bookworm", "trixie"])
 def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
-    lab: Lab, tmp_path: Path, release: str, record_property: Callable[[str, object], None]
+    lab: Lab, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Debian 13's cloud-init configures a hot-plugged ENI by netplan, some time after networkd has
-    done it by 80-eni.network. Debian 12's does so only if it is told to, and here it is not."""
-    await_plugged, await_unplugged = AWAIT_CLOUD_INIT[release]
+    done it by 80-eni.network. Debian 12's does so only if it is told to."""
     site = Site(lab, tmp_path, ipv6=True)
-    files = {path: text.replace("eth1", "enp2s0") for path, text in NAT_FILES.items()}
     commands = f"{HOT_PLUG}\n{ENABLE_NAT}"
-    disk = make_disk(lab, Image(release, "netplan"), tmp_path / "cloud", files, commands)
+    disk = make_disk(lab, Image("trixie", "netplan"), tmp_path / "cloud", FILES, commands)
     host = site.boot(disk, options="", ip=PRIMARY[0], ipv6=PRIMARY[1:])
     _, active = site.await_active(host)
     record_property("power-on to eni.service active", active)
-    await_plugged(host, "enp2s0")
-    record_property("power-on to the end of cloud-init's hot-plug, if it has one", host.past())
+    await_netplan(host, "enp2s0")
+    record_property("power-on to cloud-init's own configuration of the ENI", host.past())
     site.await_both(host)
     site.check(host)
     site.check_main(host)
@@ -163,13 +192,13 @@ def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
     # A second ENI, of another name.
     second = lab.aws.create_eni(site.subnet, name="vpn", ip=SECOND)
     host.sh("eni_ctl.py -a -n vpn -o /run/vpn")
-    await_plugged(host, "enp3s0")
+    await_netplan(host, "enp3s0")
     host.await_that(lambda: site.pings(site.client, SECOND, 1))
     host.await_that(lambda: site.calls(host, SECOND, CLIENT))
     site.await_both(host)
     site.check_main(host)
     host.sh("eni_ctl.py -d -n vpn -o /run/vpn")
-    await_unplugged(host, lab.aws.eni(second).mac_address)
+    await_netplan_without(host, lab.aws.eni(second).mac_address)
     site.await_both(host)
     site.check(host)
 
@@ -177,12 +206,12 @@ def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
     host.write(DETACH_PATH, DETACH)
     host.sh("systemctl daemon-reload; systemctl stop eni.service")
     assert site.holder() is None
-    await_unplugged(host, lab.aws.eni(site.eni).mac_address)
+    await_netplan_without(host, lab.aws.eni(site.eni).mac_address)
     host.await_that(lambda: site.pings(site.client, PRIMARY[0], 1))
     site.check_without(host)
     site.check_main(host)
     host.sh("systemctl start eni.service")
-    await_plugged(host, "enp2s0")
+    await_netplan(host, "enp2s0")
     site.await_both(host)
     site.check(host)
     site.check_forwarding()
@@ -203,19 +232,10 @@ def await_netplan_without(host: Booted, mac: str) -> None:
     host.await_sh(NETPLAN, lambda s: mac not in s and s.endswith("inactive"))
 
 
-def await_nothing(host: Booted, which: str) -> None:
-    """cloud-init does nothing to that device."""
-
-
-AWAIT_CLOUD_INIT = {
-    "bookworm": (await_nothing, await_nothing),
-    "trixie": (await_netplan, await_netplan_without),
-}
-
-
 @contextmanager
 def mirror(image: Image, directory: Path) -> Iterator[str]:
-    """README's web server with the files of its user data, which are yielded; and with packages."""
+    """README's web server with the files of its user data, which are yielded, with a unit of the
+    user's own; and with packages."""
     directory.mkdir()
     for name in SCRIPTS:
         shutil.copy(TOP / name, directory)
@@ -226,4 +246,7 @@ def mirror(image: Image, directory: Path) -> Iterator[str]:
     assert file == "eni_ctl.tar.gz"
     (directory / "debian").symlink_to(debian(image) / POOL)
     with Mirror(directory):
-        yield USER_DATA.replace("CHECKSUM", checksum)
+        user_data = USER_DATA.replace("CHECKSUM", checksum)
+        enable = "systemctl enable eni.service"
+        assert enable in user_data
+        yield user_data.replace(enable, f"{enable} pages.service") + WRITE_PAGES

@@ -12,14 +12,12 @@ from lab import Lab, snippet
 from lab.boot import make_disk
 from lab.vm import Image
 from sites import (
-    CLIENT,
     DETACH,
     DETACH_PATH,
     ENABLE_NAT,
     ENI,
     NAT_FILES,
     PRIMARY,
-    SECOND,
     SPARE,
     Site,
 )
@@ -69,16 +67,8 @@ def test_the_life_of_a_host_that_configures_the_eni_by_itself(
         site.check_forwarding()
 
     # A second ENI, of another name, by hand.
-    second = lab.aws.create_eni(site.subnet, name="vpn", ip=SECOND)
     host.write(f"{path}-vpn", own.replace("eth1", "eth2"))
-    host.sh("eni_ctl.py -a -n vpn -o /run/vpn")
-    host.await_that(lambda: site.pings(site.client, SECOND, 1))
-    host.await_that(lambda: site.calls(host, SECOND, CLIENT))
-    site.check(host)
-    site.check_main(host)
-    host.sh("eni_ctl.py -d -n vpn -o /run/vpn")
-    assert lab.aws.eni(second).mac_address not in host.sh("ip link")
-    site.check(host)
+    site.check_a_second_eni(host)
 
     # A reboot with the ENI attached. Beside it a spare boots, where nothing waits but eni.service.
     attaches = site.attaches()
