@@ -3,7 +3,9 @@ reads, and words on the command line."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 
 import pytest
@@ -229,7 +231,7 @@ def test_an_interrupt_by_hand_ends_with_one_line(
         for pid in machine.processes()
         if b"eni_ctl.py" in subprocess.check_output(["cat", f"/proc/{pid}/cmdline"])
     ]
-    subprocess.run(["kill", "-INT", str(pid)], check=True)
+    os.kill(pid, signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "Traceback" not in err
