@@ -127,7 +127,7 @@ def test_a_file_in_the_current_directory_is_never_imported(lab: Lab, machine: Ma
     [
         "exec eni_ctl.py -a -t 120 2>&-",
         "exec eni_ctl.py -a -t 120 2>/dev/full",
-        "eni_ctl.py -a -t 120 2>&1 >/run/out | true; sleep infinity",
+        "eni_ctl.py -a -t 120 2>&1 >/run/out | true; exec sleep infinity",
         "exec eni_ctl.py -v -a -t 120 2>/dev/full",
         "exec eni_ctl.py -a -t 120 <&- 2>&-",
     ],
