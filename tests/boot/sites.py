@@ -34,7 +34,6 @@ NAT_FILES = {
 } | {"/etc/sysctl.d/nat.conf": "net.ipv4.ip_forward=1\n"}
 ENABLE_NAT = "systemctl enable nftables pages.service"
 DETACH_PATH = "/etc/systemd/system/eni.service.d/detach.conf"
-DETACH = snippet(f"# {DETACH_PATH}")
 
 
 class Site:
@@ -64,6 +63,17 @@ class Site:
 
     def boot(self, disk: Disk, **options: Any) -> Booted:
         return boot(self.lab, self.subnet, disk, self.directory, group="web", **options)
+
+    def kill(self, machine: Booted) -> None:
+        """Its power goes off; the group ends the instance, which takes long."""
+        machine.vm.power_off()
+        self.lab.aws.shutdown_delay = 600
+        self.lab.aws.terminate(machine.instance)
+
+    def add_detach_drop_in(self, machine: Booted) -> None:
+        """From now on, eni.service gives the ENI back when it is stopped."""
+        machine.write(DETACH_PATH, snippet(f"# {DETACH_PATH}"))
+        machine.sh("systemctl daemon-reload")
 
     def await_active(self, machine: Booted) -> tuple[float, float]:
         """Wait until the ENI's address answers and eni.service is active; when each was.

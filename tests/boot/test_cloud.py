@@ -17,18 +17,7 @@ import pytest
 from lab import SCRIPTS, TOP, Lab, snippet
 from lab.boot import INSTALL, SOURCE, Booted, Mirror, make_disk, stock_disk
 from lab.vm import POOL, Image, debian
-from sites import (
-    CLIENT,
-    DETACH,
-    DETACH_PATH,
-    ENABLE_NAT,
-    ENI,
-    NAT_FILES,
-    PRIMARY,
-    SECOND,
-    SPARE,
-    Site,
-)
+from sites import CLIENT, ENABLE_NAT, ENI, NAT_FILES, PRIMARY, SECOND, SPARE, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 USER_DATA = snippet("#cloud-config")
@@ -121,8 +110,8 @@ def test_the_life_of_a_cloud_image(
     assert site.holder() == host.instance.id
 
     # Stopped with the drop-in, the host gives the ENI back, and the spare has it.
-    host.write(DETACH_PATH, DETACH)
-    host.sh("systemctl daemon-reload; systemctl stop eni.service")
+    site.add_detach_drop_in(host)
+    host.sh("systemctl stop eni.service")
     site.await_active(spare)
     site.check_without(host)
     site.check_main(host)
@@ -131,9 +120,7 @@ def test_the_life_of_a_cloud_image(
     spare.await_that(lambda: site.fetches(ENI))
 
     # The spare is killed, and the host takes the ENI over, while the group still ends the spare.
-    spare.vm.power_off()
-    lab.aws.shutdown_delay = 600
-    lab.aws.terminate(spare.instance)
+    site.kill(spare)
     host.sh("systemctl start eni.service")
     site.check(host)
     site.check_main(host)
@@ -203,8 +190,8 @@ def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
     site.check(host)
 
     # Stopped with the drop-in, it gives the ENI back; started, it takes it again.
-    host.write(DETACH_PATH, DETACH)
-    host.sh("systemctl daemon-reload; systemctl stop eni.service")
+    site.add_detach_drop_in(host)
+    host.sh("systemctl stop eni.service")
     assert site.holder() is None
     await_netplan_without(host, lab.aws.eni(site.eni).mac_address)
     host.await_that(lambda: site.pings(site.client, PRIMARY[0], 1))

@@ -17,7 +17,7 @@ import pytest
 from lab import README, TOP, Lab, files_of_readme, nat_interfaces, snippet
 from lab.boot import make_disk
 from lab.vm import RELEASES, Image
-from sites import DETACH, DETACH_PATH, ENI, NAT_FILES, Site
+from sites import ENI, NAT_FILES, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 INTERFACES = snippet("# /etc/network/interfaces")
@@ -129,9 +129,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
 
     # The spare is killed; a replacement takes over while the group still ends it.
     first.vm.power_off()
-    lab.aws.shutdown_delay = 600
-    spare.vm.power_off()
-    lab.aws.terminate(spare.instance)
+    site.kill(spare)
     began = time.monotonic()
     heir = site.boot(disk)
     answered, active = site.await_active(heir)
@@ -145,8 +143,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
     assert lab.aws.instances[spare.instance.id].model.state != "terminated"
 
     # Stopped with the drop-in, it gives the ENI back; started, it takes it again. By hand, too.
-    heir.write(DETACH_PATH, DETACH)
-    heir.sh("systemctl daemon-reload")
+    site.add_detach_drop_in(heir)
     for stop, start in (
         ("systemctl stop eni.service", "systemctl start eni.service"),
         ("eni_ctl.py -d", "eni_ctl.py -a"),  # by hand

@@ -11,16 +11,7 @@ import pytest
 from lab import Lab, snippet
 from lab.boot import make_disk
 from lab.vm import Image
-from sites import (
-    DETACH,
-    DETACH_PATH,
-    ENABLE_NAT,
-    ENI,
-    NAT_FILES,
-    PRIMARY,
-    SPARE,
-    Site,
-)
+from sites import ENABLE_NAT, ENI, NAT_FILES, PRIMARY, SPARE, Site
 
 pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
 HOSTS = {
@@ -87,8 +78,8 @@ def test_the_life_of_a_host_that_configures_the_eni_by_itself(
     assert site.attaches() == attaches
 
     # Stopped with the drop-in, the host gives the ENI back, and the spare has it.
-    host.write(DETACH_PATH, DETACH)
-    host.sh("systemctl daemon-reload; systemctl stop eni.service")
+    site.add_detach_drop_in(host)
+    host.sh("systemctl stop eni.service")
     site.await_active(spare)
     site.check_without(host)
     site.check_main(host)
@@ -98,9 +89,7 @@ def test_the_life_of_a_host_that_configures_the_eni_by_itself(
     spare.await_that(lambda: site.fetches(ENI))
 
     # The spare is killed, and the host takes the ENI over, while the group still ends the spare.
-    spare.vm.power_off()
-    lab.aws.shutdown_delay = 600
-    lab.aws.terminate(spare.instance)
+    site.kill(spare)
     host.sh("systemctl start eni.service")
     site.check(host)
     site.check_main(host)
