@@ -76,7 +76,7 @@ def test_an_instance_in_no_group_needs_a_person(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    assert done.stderr.splitlines()[-1] == (
+    assert last_line(done) == (
         f"eni_ctl.py: {machine.instance.id} is in no Auto Scaling group, and no -n NAME was given"
     )
 
@@ -95,9 +95,7 @@ def test_no_eni_of_the_name_needs_a_person(lab: Lab, subnet: str) -> None:
     lab.aws.create_eni(subnet, name="Web")
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    assert done.stderr.splitlines()[-1] == (
-        'eni_ctl.py: no network interface named "web" in us-west-1'
-    )
+    assert last_line(done) == ('eni_ctl.py: no network interface named "web" in us-west-1')
 
 
 def test_an_eni_in_another_zone_needs_a_person(lab: Lab, subnet: str) -> None:
@@ -105,7 +103,7 @@ def test_an_eni_in_another_zone_needs_a_person(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet, group="web")
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    assert done.stderr.splitlines()[-1] == (
+    assert last_line(done) == (
         f'eni_ctl.py: no usable network interface named "web" in us-west-1a: {eni} is in us-west-1c'
     )
     assert lab.aws.eni(eni).attachment_id is None
@@ -159,7 +157,7 @@ def test_an_eni_of_an_instance_in_service_is_never_taken(
     rival = lab.launch(subnet, group="web")
     done = rival.eni_ctl("-a", "-t", "20")
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert re.fullmatch(
         rf"eni_ctl.py: {eni} is held by {machine.instance.id} \(InService\) since 20\S+ \S+; "
         "gave up after 20 s",
@@ -304,7 +302,8 @@ def test_after_a_lost_race_the_next_eni_of_the_pool_is_taken(
     lab.aws.attach(lab.aws.lab_eni(first), rival.instance, 1)
     done = machine.eni_ctl("-a")
     assert done.returncode == 0, done.stderr
-    assert last_line(done) == f"eni_ctl.py: {first} was taken by another host meanwhile"
+    lost = f"eni_ctl.py: {first} was taken by another host meanwhile"
+    assert lost in done.stderr.splitlines()
     (other,) = enis - {first}
     assert done.stdout.startswith(f"attached {other} ")
 
@@ -403,7 +402,7 @@ def test_a_device_that_never_appears_is_a_failure_at_the_deadline(
     done = machine.eni_ctl("-a", "-t", "30")
     assert done.returncode == 1
     mac = lab.aws.eni(eni).mac_address
-    assert done.stderr.splitlines()[-1] == (
+    assert last_line(done) == (
         f"eni_ctl.py: no device with {eni}'s MAC address {mac} has appeared; gave up after 30 s"
     )
     assert not machine.exists("/etc/default/eni")
@@ -415,7 +414,7 @@ def test_an_address_that_never_comes_is_a_failure_at_the_deadline(
     machine.configures = False
     done = machine.eni_ctl("-a", "-t", "30")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
+    assert last_line(done) == (
         f"eni_ctl.py: eth1 is not up with {eni}'s address 10.0.1.22; gave up after 30 s"
     )
 
@@ -447,7 +446,7 @@ def test_a_name_server_that_never_answers_does_not_outlive_the_deadline(
     machine.write("/etc/resolv.conf", "nameserver 10.0.1.99\noptions timeout:30\n")
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert re.fullmatch(r"eni_ctl.py: DescribeAutoScaling\S+ .*; gave up after 20 s", last)
 
 
@@ -520,7 +519,7 @@ def test_throttling_past_the_deadline_is_a_failure(lab: Lab, machine: Machine) -
     lab.aws.fail("DescribeNetworkInterfaces", times=-1)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
+    assert last_line(done) == (
         "eni_ctl.py: DescribeNetworkInterfaces: RequestLimitExceeded: Request limit exceeded.; "
         "gave up after 20 s"
     )
@@ -545,5 +544,5 @@ def test_a_call_that_hangs_does_not_outlive_the_deadline(lab: Lab, machine: Mach
     lab.aws.fail("DescribeNetworkInterfaces", how="hang", times=-1, seconds=600)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("eni_ctl.py: DescribeNetworkInterfaces (")
+    assert last_line(done).startswith("eni_ctl.py: DescribeNetworkInterfaces (")
     assert done.stderr.endswith("; gave up after 20 s\n")

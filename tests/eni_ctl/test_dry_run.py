@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from lab import Lab, Machine
+from lab.watching import last_line
 
 
 @pytest.mark.parametrize("verb", ["-a", "-d"])
@@ -48,5 +49,5 @@ def test_a_dry_run_without_the_permission_needs_a_person(
     )
     done = machine.eni_ctl("-a", "--dry-run", "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert last.startswith(f"eni_ctl.py: {eni}: not allowed: ec2:AttachNetworkInterface: ")

@@ -14,6 +14,7 @@ import pytest
 from lab import TOP, Lab, Machine, await_that
 from lab.imds import ACCOUNT
 from lab.judge import SERVICE_DATA, Judge, Verdict
+from lab.watching import last_line
 
 from eni_ctl import rank
 
@@ -200,7 +201,7 @@ def test_where_only_another_group_has_the_eni_awss_words_tell_why(
     lab.aws.set_policy(scoped)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert f"{eni} is held by {stranger.instance.id}" in last
     assert "not allowed: ec2:DetachNetworkInterface: " in last
     assert f":instance/{stranger.instance.id} because no identity-based policy allows" in last
@@ -213,7 +214,7 @@ def test_another_name_than_the_policys_is_refused(
     lab.aws.set_policy(scoped)
     done = machine.eni_ctl("-a", "-n", "db", "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert f":network-interface/{db} because no identity-based policy allows" in last
     lab.aws.set_policy(json.loads(json.dumps(scoped).replace('/Name": "web"', '/Name": "db"')))
     done = machine.eni_ctl("-a", "-n", "db")
@@ -250,7 +251,7 @@ def test_a_host_cannot_detach_what_has_lost_the_policys_tag(
         assert done.returncode == 0, done.stderr
     else:
         assert done.returncode == 4
-        assert resource in done.stderr.splitlines()[-1]
+        assert resource in last_line(done)
 
 
 @pytest.mark.parametrize("verb", ["-a", "-d"])
@@ -297,7 +298,7 @@ def test_a_missing_action_needs_a_person_and_is_named(
     lab.aws.set_policy(without(scoped, action))
     done = machine.eni_ctl(verb, "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert f"not allowed: {action}: " in last
     assert f"because no identity-based policy allows the {action} action" in last
     assert "Encoded" not in last
@@ -311,7 +312,7 @@ def test_a_take_over_without_the_permission_to_detach_needs_a_person(
     machine.instance.life_cycle = "Terminating"
     done = lab.launch(subnet, group="web").eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert "EC2 does not detach it: not allowed: ec2:DetachNetworkInterface: " in last
 
 

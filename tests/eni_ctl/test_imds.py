@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lab import Lab, Machine, snippet
 from lab.aws import Aws
-from lab.watching import wait_for_line
+from lab.watching import last_line, wait_for_line
 
 IPV6_ONLY = snippet("# /etc/systemd/system/eni.service.d/ipv6.conf")
 
@@ -58,7 +58,7 @@ def test_imds_that_hangs_does_not_outlive_the_deadline(lab: Lab, machine: Machin
     lab.aws.fail("", how="hang", times=-1, seconds=60)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("gave up after 20 s")
+    assert last_line(done).endswith("gave up after 20 s")
     assert "169.254.169.254" in done.stderr
 
 
@@ -66,7 +66,7 @@ def test_imds_that_is_switched_off_needs_a_person(lab: Lab, machine: Machine) ->
     lab.aws.fail("latest/api/token", status=403, times=-1)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert last == "eni_ctl.py: IMDS at http://169.254.169.254/latest/ is switched off (403)"
 
 
@@ -127,7 +127,7 @@ def test_an_instance_without_a_profile_needs_a_person(lab: Lab, subnet: str) -> 
     machine = lab.launch(subnet, group="web", role=False)
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert last == "eni_ctl.py: no credentials: has the instance an IAM instance profile?"
 
 

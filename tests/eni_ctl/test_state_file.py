@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lab import Lab, Machine
+from lab.watching import last_line
 
 from eni_ctl import quote_for_shell
 
@@ -165,7 +166,7 @@ def test_a_state_file_that_cannot_be_written_is_a_failure_but_the_eni_is_attache
     machine.run("sh", "-c", spoil)
     done = machine.eni_ctl("-a", "-o", path)
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    last = last_line(done)
     assert last == f"eni_ctl.py: cannot write the state file {path}: {words}"
     assert machine.devices() == ["eth0", "eth1"]
     assert not machine.exists(f"{path}.new")

@@ -98,9 +98,12 @@ def await_waiting(machine: Machine, *arguments: str, for_what: str) -> str:
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """What an error said in the end, after the lines about its waiting."""
-    lines = done.stderr.splitlines()
-    return lines[-1] if lines else ""
+    """What a run that failed said in the end, after the lines about its waiting.
+
+    Not for one that succeeded: those lines may then be the last ones, on a busy machine.
+    """
+    assert done.returncode != 0, done.stderr
+    return done.stderr.splitlines()[-1]
 
 
 def run_measured(machine: Machine, *arguments: str, timeout: float = 400) -> Measured:
