@@ -95,7 +95,7 @@ def test_no_eni_of_the_name_needs_a_person(lab: Lab, subnet: str) -> None:
     lab.aws.create_eni(subnet, name="Web")
     done = machine.eni_ctl("-a", "-t", "20")
     assert done.returncode == 4
-    assert last_line(done) == ('eni_ctl.py: no network interface named "web" in us-west-1')
+    assert last_line(done) == 'eni_ctl.py: no network interface named "web" in us-west-1'
 
 
 def test_an_eni_in_another_zone_needs_a_person(lab: Lab, subnet: str) -> None:

@@ -77,7 +77,7 @@ def test_a_detach_that_hangs_is_never_forced_here(lab: Lab, machine: Machine, en
     lab.aws.stuck.add(eni)
     done = machine.eni_ctl("-d", "-t", "20")
     assert done.returncode == 1
-    assert last_line(done) == (f"eni_ctl.py: {eni} is being detached; gave up after 20 s")
+    assert last_line(done) == f"eni_ctl.py: {eni} is being detached; gave up after 20 s"
     detaches = [c.params for c in lab.aws.calls if c.action == "DetachNetworkInterface"]
     assert ["Force" in params for params in detaches] == [False]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from lab import Lab, Machine, await_that
-from lab.watching import wait_for_line
+from lab.watching import last_line, wait_for_line
 from places import note, timed, wrong_end
 
 # What `ip` may be: what it does, and the words that the last line must have.
@@ -33,7 +33,7 @@ def tell(machine: Machine, script: str, *arguments: str, limit: float = 120) -> 
     """The last line of a run that fails with exit code 1; asserts that it ends as it has to."""
     done, took = timed(lambda: machine.run("sh", "-c", script, "sh", *arguments))
     assert not wrong_end(done, 1, took, limit), done.stderr
-    return done.stderr.splitlines()[-1]
+    return last_line(done)
 
 
 def bad_ips(
