@@ -10,9 +10,6 @@ import pytest
 from lab import Lab, Machine, await_that
 from lab.watching import holder, wait_for_line
 
-# Generous, because a machine may be busy; a run has deadlines of its own.
-pytestmark = pytest.mark.timeout(600)
-
 Record = Callable[[str, object], None]
 
 
@@ -44,10 +41,10 @@ def test_force_by_hand_is_done_at_once_beside_a_waiting_service(
     record_property: Record,
 ) -> None:
     started = time.monotonic()
-    done = machine.eni_ctl("-a", "-f", "-t", "120", timeout=180)
+    done = machine.eni_ctl("-a", "-f")
     record_property("-a -f by hand beside a waiting service", time.monotonic() - started)
     assert (done.returncode, done.stdout) == (0, f"attached {eni} (10.0.1.22) as eth1\n"), done
-    out, err = waiting.communicate(timeout=120)
+    out, err = waiting.communicate(timeout=400)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert holder(lab, eni) == machine.instance.id
 
@@ -60,9 +57,9 @@ def test_a_detach_by_hand_is_done_at_once_beside_a_waiting_service(
     record_property: Record,
 ) -> None:
     vpn = lab.aws.create_eni(subnet, name="vpn", ip="10.0.1.33")
-    assert machine.eni_ctl("-a", "-n", "vpn", "-t", "120", timeout=180).returncode == 0
+    assert machine.eni_ctl("-a", "-n", "vpn").returncode == 0
     started = time.monotonic()
-    done = machine.eni_ctl("-d", "-n", "vpn", "-t", "120", timeout=180)
+    done = machine.eni_ctl("-d", "-n", "vpn")
     record_property("-d by hand beside a waiting service", time.monotonic() - started)
     assert (done.returncode, done.stdout) == (0, f"detached {vpn} (10.0.1.33)\n"), done
     assert waiting.poll() is None
@@ -71,7 +68,7 @@ def test_a_detach_by_hand_is_done_at_once_beside_a_waiting_service(
 def test_a_detach_of_nothing_by_hand_is_done_beside_a_waiting_service(
     machine: Machine, waiting: subprocess.Popen[str]
 ) -> None:
-    done = machine.eni_ctl("-d", "-t", "120", timeout=180)
+    done = machine.eni_ctl("-d")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("not attached")
     assert waiting.poll() is None
@@ -81,7 +78,7 @@ def test_a_detach_of_nothing_by_hand_is_done_beside_a_waiting_service(
 def test_a_dry_run_by_hand_is_done_beside_a_waiting_service(
     machine: Machine, waiting: subprocess.Popen[str], options: list[str]
 ) -> None:
-    done = machine.eni_ctl(*options, "--dry-run", "-t", "120", timeout=180)
+    done = machine.eni_ctl(*options, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("would ")
     assert waiting.poll() is None
@@ -92,9 +89,9 @@ def test_a_service_that_waits_for_its_device_does_not_keep_the_lock(
 ) -> None:
     lab.aws.never_plug.add(eni)
     running = machine.start_eni_ctl("-a")
-    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached", 60)
+    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
     wait_for_line(running, "device")
-    done = machine.eni_ctl("-d", "-t", "120", timeout=180)
+    done = machine.eni_ctl("-d")
     assert (done.returncode, done.stdout) == (0, f"detached {eni} (10.0.1.22)\n"), done
     running.kill()
     running.communicate()
@@ -105,8 +102,8 @@ def test_a_detach_that_hangs_does_not_keep_the_lock(lab: Lab, machine: Machine, 
     lab.aws.stuck.add(eni)
     running = machine.start_eni_ctl("-d")
     wait_for_line(running, "being detached")
-    done = machine.eni_ctl("-a", "--dry-run", "-t", "120", timeout=180)
+    done = machine.eni_ctl("-a", "--dry-run")
     assert done.returncode == 0, done.stderr
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=400)
     assert out == f"detached {eni} (10.0.1.22)\n", err

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from lab import Lab, Machine
 from lab.ec2 import DENIED
 from lab.watching import all_at_once, await_waiting, calls, last_line, wait_for_line
-
-# Generous, because a machine may be busy; a run has deadlines of its own.
-pytestmark = pytest.mark.timeout(600)
 
 HOUR = 3600
 # What the services say of a clock that is off: (service, code or "" for what it is known for).
@@ -35,7 +31,7 @@ def test_a_clock_that_is_not_set_can_be_waited_for(lab: Lab, subnet: str) -> Non
         # Longer than what needs a person is tried.
         wait_for_line(running, f"waiting, ([1-9][0-9]|1[0-9][0-9]) s .*{code}")
         machine.instance.clock_offset = 0
-        out, err = running.communicate(timeout=120)
+        out, err = running.communicate(timeout=400)
         assert out.startswith("attached eni-"), err
 
     cases = []
@@ -58,7 +54,7 @@ def test_a_clock_half_a_day_ahead_is_waited_for_too(lab: Lab, machine: Machine, 
     running = machine.start_eni_ctl("-a")
     wait_for_line(running, "waiting")
     machine.instance.clock_offset = 0
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=400)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert "unexpected" not in err
 
@@ -68,7 +64,7 @@ def test_a_service_that_is_not_subscribed_to_yet_is_waited_for(
 ) -> None:
     """OptInRequired: so it is for a while in a new account or region."""
     lab.aws.fail("DescribeNetworkInterfaces", code="OptInRequired", status=403, times=3)
-    done = machine.eni_ctl("-a", "-t", "60", timeout=120)
+    done = machine.eni_ctl("-a")
     assert done.returncode == 0, done.stderr
     assert machine.eni_ctl("-d").returncode == 0
     lab.aws.fail("DescribeNetworkInterfaces", code="OptInRequired", status=403, times=-1)
@@ -84,7 +80,7 @@ def test_what_iam_denies_is_told_in_awss_own_words(lab: Lab, subnet: str) -> Non
 
     def tells(case: tuple[Machine, str, str]) -> None:
         machine, eni, why = case
-        done = machine.eni_ctl("-a", "-t", "60", timeout=120)
+        done = machine.eni_ctl("-a")
         assert done.returncode == 4, done.stderr
         assert "ec2:AttachNetworkInterface" in last_line(done)
         assert DENIED[why].format(action="ec2:AttachNetworkInterface") in last_line(done)
@@ -105,7 +101,7 @@ def test_a_denied_detach_of_our_own_is_told_in_awss_own_words(
 ) -> None:
     assert machine.eni_ctl("-a").returncode == 0
     lab.aws.deny("DetachNetworkInterface", machine.instance.id, "service control policy")
-    done = machine.eni_ctl("-d", "-t", "60", timeout=120)
+    done = machine.eni_ctl("-d")
     assert done.returncode == 4
     assert "ec2:DetachNetworkInterface" in last_line(done)
     assert "with an explicit deny in a service control policy" in last_line(done)
@@ -114,7 +110,7 @@ def test_a_denied_detach_of_our_own_is_told_in_awss_own_words(
 
 def test_a_dry_run_tells_of_a_denial_too(lab: Lab, machine: Machine, eni: str) -> None:
     lab.aws.deny("AttachNetworkInterface", eni, "service control policy")
-    done = machine.eni_ctl("-a", "--dry-run", "-t", "60", timeout=120)
+    done = machine.eni_ctl("-a", "--dry-run")
     assert done.returncode == 4
     assert "with an explicit deny in a service control policy" in last_line(done)
 
@@ -124,7 +120,7 @@ def test_auto_scalings_denial_is_told_in_awss_own_words(
 ) -> None:
     allowed = {"Effect": "Allow", "Action": "ec2:*", "Resource": "*"}
     lab.aws.set_policy({"Version": "2012-10-17", "Statement": [allowed]})
-    done = machine.eni_ctl("-a", "-t", "60", timeout=120)
+    done = machine.eni_ctl("-a")
     assert done.returncode == 4
     assert "autoscaling:DescribeAutoScalingInstances" in last_line(done)
     assert "because no identity-based policy allows" in last_line(done)
@@ -133,17 +129,21 @@ def test_auto_scalings_denial_is_told_in_awss_own_words(
 # --- the role's credentials
 
 
-@pytest.mark.parametrize("code", ["AssumeRoleUnauthorizedAccess", "InstanceProfileNotFound"])
-def test_a_role_that_cannot_be_assumed_is_told_in_awss_own_words(
-    lab: Lab, machine: Machine, code: str
-) -> None:
+def test_a_role_that_cannot_be_assumed_needs_a_person(lab: Lab, machine: Machine) -> None:
     """IAM User Guide, "Troubleshoot IAM and Amazon EC2"."""
-    machine.instance.role_error = code
-    done = machine.eni_ctl("-a", "-t", "60", timeout=120)
-    assert done.returncode in (1, 4)
-    assert code in last_line(done)
+    machine.instance.role_error = "AssumeRoleUnauthorizedAccess"
+    done = machine.eni_ctl("-a")
+    assert done.returncode == 4
+    assert "AssumeRoleUnauthorizedAccess" in last_line(done)
     machine.instance.role_error = ""
-    assert machine.eni_ctl("-a", "-t", "30").returncode == 0
+    assert machine.eni_ctl("-a").returncode == 0
+
+
+def test_a_profile_that_is_not_found_yet_is_waited_for(lab: Lab, machine: Machine) -> None:
+    machine.instance.role_error = "InstanceProfileNotFound"
+    await_waiting(machine, "-a", for_what="InstanceProfileNotFound")
+    machine.instance.role_error = ""
+    assert machine.eni_ctl("-a").returncode == 0
 
 
 def test_a_role_that_can_be_assumed_again_is_used(lab: Lab, machine: Machine, eni: str) -> None:
@@ -151,7 +151,7 @@ def test_a_role_that_can_be_assumed_again_is_used(lab: Lab, machine: Machine, en
     running = machine.start_eni_ctl("-a")
     wait_for_line(running, "AssumeRoleUnauthorizedAccess")
     machine.instance.role_error = ""
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=400)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 
@@ -162,7 +162,7 @@ def test_refused_detaches_do_not_fetch_new_credentials(
     dying = lab.launch(subnet, group="web", life_cycle="Terminating")
     lab.aws.attach(lab.aws.lab_eni(eni), dying.instance, 1)
     lab.aws.refuse("DetachNetworkInterface", eni, "IncorrectState", "not now", times=4)
-    done = machine.eni_ctl("-a", "-t", "90", timeout=150)
+    done = machine.eni_ctl("-a")
     assert done.returncode == 0, done.stderr
     assert calls(lab, "DetachNetworkInterface") == 5
     roles = [path for _, path, source in lab.aws.imds_calls if "security-credentials" in path]

@@ -47,7 +47,7 @@ def test_a_dry_run_without_the_permission_needs_a_person(
             ],
         }
     )
-    done = machine.eni_ctl("-a", "--dry-run", "-t", "20")
+    done = machine.eni_ctl("-a", "--dry-run")
     assert done.returncode == 4
     last = last_line(done)
     assert last.startswith(f"eni_ctl.py: {eni}: not allowed: ec2:AttachNetworkInterface: ")

@@ -199,7 +199,7 @@ def test_where_only_another_group_has_the_eni_awss_words_tell_why(
 ) -> None:
     stranger = hold(lab, subnet, eni, "db")
     lab.aws.set_policy(scoped)
-    done = machine.eni_ctl("-a", "-t", "20")
+    done = machine.eni_ctl("-a")
     assert done.returncode == 4
     last = last_line(done)
     assert f"{eni} is held by {stranger.instance.id}" in last
@@ -212,7 +212,7 @@ def test_another_name_than_the_policys_is_refused(
 ) -> None:
     db = lab.aws.create_eni(subnet, name="db")
     lab.aws.set_policy(scoped)
-    done = machine.eni_ctl("-a", "-n", "db", "-t", "20")
+    done = machine.eni_ctl("-a", "-n", "db")
     assert done.returncode == 4
     last = last_line(done)
     assert f":network-interface/{db} because no identity-based policy allows" in last
@@ -227,7 +227,7 @@ def test_an_instance_in_no_group_needs_a_tag_of_its_own(
     machine = lab.launch(subnet)
     lab.aws.ec2.create_tags([machine.instance.id], {"eni": "web"})
     lab.aws.set_policy(scoped)
-    assert machine.eni_ctl("-a", "-n", "web", "-t", "20").returncode == 4
+    assert machine.eni_ctl("-a", "-n", "web").returncode == 4
     lab.aws.set_policy(json.loads(json.dumps(scoped).replace(GROUP_TAG, "eni")))
     done = machine.eni_ctl("-a", "-n", "web")
     assert done.returncode == 0, done.stderr
@@ -246,7 +246,7 @@ def test_a_host_cannot_detach_what_has_lost_the_policys_tag(
     else:
         lab.aws.rename(eni, "old")
         resource = f":network-interface/{eni} "
-    done = machine.eni_ctl("-d", "-t", "20")
+    done = machine.eni_ctl("-d")
     if policy == readme_policies()["simple"]:
         assert done.returncode == 0, done.stderr
     else:
@@ -296,7 +296,7 @@ def test_a_missing_action_needs_a_person_and_is_named(
     if verb == "-d":
         assert machine.eni_ctl("-a").returncode == 0
     lab.aws.set_policy(without(scoped, action))
-    done = machine.eni_ctl(verb, "-t", "20")
+    done = machine.eni_ctl(verb)
     assert done.returncode == 4
     last = last_line(done)
     assert f"not allowed: {action}: " in last
@@ -310,7 +310,7 @@ def test_a_take_over_without_the_permission_to_detach_needs_a_person(
     assert machine.eni_ctl("-a").returncode == 0
     lab.aws.set_policy(without(simple, "ec2:DetachNetworkInterface"))
     machine.instance.life_cycle = "Terminating"
-    done = lab.launch(subnet, group="web").eni_ctl("-a", "-t", "20")
+    done = lab.launch(subnet, group="web").eni_ctl("-a")
     assert done.returncode == 4
     last = last_line(done)
     assert "EC2 does not detach it: not allowed: ec2:DetachNetworkInterface: " in last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from lab import Lab, Machine
+from lab.watching import give_up
 
 
 def test_status_tells_what_is_so_and_changes_nothing(
@@ -53,7 +54,7 @@ def test_status_of_an_eni_without_its_device_is_a_failure(
     lab: Lab, machine: Machine, eni: str
 ) -> None:
     machine.configures = False
-    machine.eni_ctl("-a", "-t", "20")
+    give_up(machine, "-a", over="is not up")
     done = machine.eni_ctl("-s")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == (

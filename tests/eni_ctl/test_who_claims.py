@@ -16,9 +16,6 @@ from lab.watching import (
     wait_for_line,
 )
 
-# Generous, because a machine may be busy; a run has deadlines of its own.
-pytestmark = pytest.mark.timeout(600)
-
 WAITING = [
     "Standby",
     "EnteringStandby",
@@ -111,7 +108,7 @@ class Case:
         return f"{self.state}, {self.told}, held by {self.held or 'nobody'}"
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.machine.eni_ctl("-a", *options, timeout=200)
+        return self.machine.eni_ctl("-a", *options)
 
     def detaches(self) -> int:
         return calls(self.lab, "DetachNetworkInterface", self.machine)
@@ -119,7 +116,7 @@ class Case:
 
 def test_a_host_on_its_way_into_service_or_in_it_claims(lab: Lab, subnet: str) -> None:
     def claims(case: Case) -> None:
-        done = case.run("-t", "30")
+        done = case.run()
         assert done.returncode == 0, done.stderr
         assert holder(lab, case.eni) == case.machine.instance.id
 
@@ -136,7 +133,7 @@ def test_a_host_in_standby_or_in_the_warm_pool_claims_once_it_is_in_service(
     wait_for_line(waiting, rf"waiting.*{state}")
     assert attached_by(lab, machine) == []
     machine.instance.life_cycle = "InService"
-    out, err = waiting.communicate(timeout=120)
+    out, err = waiting.communicate(timeout=400)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 
@@ -169,9 +166,9 @@ def test_a_host_that_holds_its_interface_already_is_done_in_any_state(
     lab: Lab, subnet: str
 ) -> None:
     def is_done(case: Case) -> None:
-        assert case.run("-t", "30").returncode == 0
+        assert case.run().returncode == 0
         case.machine.instance.life_cycle = case.state
-        done = case.run("-t", "30")
+        done = case.run()
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"attached {case.eni} ")
         assert len(attached_by(lab, case.machine)) == 1
@@ -184,7 +181,7 @@ def test_a_host_that_holds_its_interface_already_is_done_in_any_state(
 
 def test_a_host_in_no_group_claims_by_name(lab: Lab, subnet: str, eni: str) -> None:
     machine = lab.launch(subnet)
-    done = machine.eni_ctl("-a", "-n", "web", "-t", "30")
+    done = machine.eni_ctl("-a", "-n", "web")
     assert done.returncode == 0, done.stderr
 
 
@@ -204,7 +201,7 @@ def test_an_interface_is_taken_from_a_holder_that_ends_or_is_in_the_warm_pool(
 ) -> None:
     def is_taken(case: Case) -> None:
         assert case.peer
-        done = case.run("-t", "60")
+        done = case.run()
         assert done.returncode == 0, done.stderr
         assert f"{case.peer.instance.id} ({case.held})" in done.stderr
         assert holder(lab, case.eni) == case.machine.instance.id
@@ -234,7 +231,7 @@ def test_a_host_in_standby_leaves_the_dying_holders_interface_to_the_replacement
     wait_for_line(waiting, "waiting")
     dying.instance.life_cycle = "Terminating:Wait"
     replacement = launch(lab, subnet, "Pending")
-    done = replacement.eni_ctl("-a", "-t", "60", timeout=120)
+    done = replacement.eni_ctl("-a")
     assert done.returncode == 0, done.stderr
     assert holder(lab, eni) == replacement.instance.id
     assert waiting.poll() is None
@@ -252,7 +249,7 @@ def test_a_holder_that_goes_back_to_the_warm_pool_is_relieved_while_we_wait(
     wait_for_line(waiting, peer.instance.id)
     peer.instance.life_cycle = "Warmed:Stopped"
     lab.aws.halt(peer.instance)
-    out, err = waiting.communicate(timeout=120)
+    out, err = waiting.communicate(timeout=400)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 

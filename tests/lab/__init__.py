@@ -50,11 +50,9 @@ class Machine(Host):
         self.hotplugs: list[subprocess.Popen[bytes]] = []  # ifup's runs for new devices
         self.appeared = threading.Event()  # set when an ENI's device is there
 
-    def eni_ctl(
-        self, *arguments: str, timeout: float = 400, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
+    def eni_ctl(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run eni_ctl.py as an administrator would."""
-        return self.run("eni_ctl.py", *arguments, environment=environment, timeout=timeout)
+        return self.run("eni_ctl.py", *arguments, environment=environment)
 
     def start_eni_ctl(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return self.popen("eni_ctl.py", *arguments, environment=environment)
@@ -208,7 +206,7 @@ class Lab:
         self.close()
 
 
-def await_that(condition: Callable[[], bool], seconds: float = 120) -> None:
+def await_that(condition: Callable[[], bool], seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

@@ -190,8 +190,13 @@ def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def wrong_end(done: subprocess.CompletedProcess[str], code: int, took: float, limit: float) -> str:
-    """What is not as it has to be where a run cannot succeed; empty where all is."""
+def wrong_end(
+    done: subprocess.CompletedProcess[str], code: int, took: float = 0, limit: float = 0
+) -> str:
+    """What is not as it has to be where a run cannot succeed; empty where all is.
+
+    took and limit: in seconds, for a run that has a deadline to keep.
+    """
     lines = done.stderr.splitlines()
     # On its way it may say that it waits, and what EC2 refuses for one ENI.
     others = [line for line in lines[:-1] if not re.match(r"eni_ctl\.py: (waiting, |eni-)", line)]

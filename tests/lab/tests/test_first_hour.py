@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from lab import SCRIPTS, TOP
 
-pytestmark = [pytest.mark.usefixtures("inside"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.usefixtures("inside")
 
 ATTACHED = re.compile(r"^attached eni-\w+ \(10\.0\.1\.22\) as eth1$", re.M)
 CONTAINER = str(TOP / "tests/lab/as_in_a_container.py")
@@ -73,7 +73,7 @@ def run(*command: str, stdin: str = "", **environment: str) -> subprocess.Comple
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
     )
 
 
