@@ -262,9 +262,9 @@ def test_what_is_left_of_a_killed_one_does_no_harm_after_a_replug(
 def test_sigterm_ends_it_even_while_ip_hangs(kernel: Kernel, start: Start) -> None:
     watch = start(**kernel.fake_ip("sleep 1000", 2))
     watch.awaits(lambda: kernel.calls() == 2)
-    began = time.monotonic()
     assert watch.end() == 0
-    assert time.monotonic() - began < 9  # add_routes.py itself gives `ip` up after 10 s
+    # By itself, add_routes.py gives `ip` up after 10 s, and says so.
+    assert not any("no end after" in line for line in watch.said())
 
 
 def test_a_second_one_ends_with_one_line(kernel: Kernel, start: Start) -> None:

@@ -101,7 +101,8 @@ class Site:
         for family in self.families:
             machine.await_that(partial(self.pings, self.client, ENIS[family], 1))
         for host, other, address in self.pairs(machine):
-            assert self.pings(host, address), f"{host.name} does not reach {address}"
+            told = host.run("ping", "-c1", "-W60", address).stdout
+            assert " 0% packet loss" in told, f"{host.name} does not reach {address}: {told}"
             assert machine.ask(other, address) == address
         keys = [line.split("=")[0] for line in machine.sh("cat /etc/default/eni").splitlines()]
         assert " ".join(keys) == "FQDN IP GW DEVICE ASG_NAME INSTANCE_ID ENI_ID ATTACHMENT_ID"

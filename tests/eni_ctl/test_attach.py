@@ -13,6 +13,8 @@ import pytest
 from lab import Lab, Machine, await_that
 from lab.watching import await_waiting, give_up, last_line, wait_for_line
 
+from eni_ctl import STATES_AGE
+
 
 def actions(lab: Lab) -> list[str]:
     return [call.action for call in lab.aws.calls]
@@ -35,9 +37,21 @@ def test_attaches_the_eni_named_after_the_group(lab: Lab, machine: Machine, eni:
     }
 
 
-def test_an_attach_takes_three_api_calls(lab: Lab, machine: Machine) -> None:
+def actions_of_an_attach(lab: Lab, machine: Machine) -> list[str]:
+    """Without a second look at life-cycle states that were too old when they were needed: a run is
+    right to look again where this machine is so busy."""
+    started = time.monotonic()
     assert machine.eni_ctl("-a").returncode == 0
-    assert actions(lab) == [
+    took = time.monotonic() - started
+    called = actions(lab)
+    after = called.index("DescribeNetworkInterfaces") + 1
+    if took > STATES_AGE and called[after] == "DescribeAutoScalingInstances":
+        del called[after]
+    return called
+
+
+def test_an_attach_takes_three_api_calls(lab: Lab, machine: Machine) -> None:
+    assert actions_of_an_attach(lab, machine) == [
         "DescribeAutoScalingInstances",
         "DescribeNetworkInterfaces",
         "AttachNetworkInterface",
@@ -48,8 +62,8 @@ def test_an_attach_takes_two_api_calls_where_imds_has_the_tags(
     lab: Lab, subnet: str, eni: str
 ) -> None:
     machine = lab.launch(subnet, group="web", tags_in_imds=True)
-    assert machine.eni_ctl("-a").returncode == 0
-    assert actions(lab) == ["DescribeNetworkInterfaces", "AttachNetworkInterface"]
+    called = actions_of_an_attach(lab, machine)
+    assert called == ["DescribeNetworkInterfaces", "AttachNetworkInterface"]
 
 
 def test_a_second_run_attaches_nothing_and_rewrites_the_state_file(
