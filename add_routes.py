@@ -1098,7 +1098,7 @@ def read_names() -> dict[str, int]:
 
 
 def read_lines(path: str) -> list[str]:
-    """None where the file cannot be read: the other files are of use without it."""
+    """No lines where the file cannot be read: the other files are of use without it."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.readlines()

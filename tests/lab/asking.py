@@ -77,9 +77,9 @@ def refusal(call: Callable[..., Any], **params: Any) -> tuple[int, str, str]:
 
 
 def wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while not condition():
-        assert time.monotonic() < deadline, f"waited 60 s for {what}"
+        assert time.monotonic() < deadline, f"waited 400 s for {what}"
         time.sleep(0.01)
 
 

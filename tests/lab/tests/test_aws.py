@@ -48,11 +48,23 @@ from lab.imds import target
 # --- attach
 
 
-def test_an_attachment_goes_through_its_phases(aws: Aws, host: Instance, eni: str) -> None:
+def test_an_attachment_goes_through_its_phases(
+    aws: Aws, host: Instance, eni: str, request: pytest.FixtureRequest
+) -> None:
     ec2 = client(aws)
     seen: list[tuple[str, str, str]] = []
-    aws.plug = lambda instance_id, model: seen.append(("plug", instance_id, model.id))
-    aws.unplug = lambda instance_id, model: seen.append(("unplug", instance_id, model.id))
+    gate = threading.Event()  # until it is set, no device comes or goes
+    request.addfinalizer(gate.set)
+
+    def plug(instance_id: str, model: Any) -> None:
+        gate.wait()
+        seen.append(("plug", instance_id, model.id))
+
+    def unplug(instance_id: str, model: Any) -> None:
+        gate.wait()
+        seen.append(("unplug", instance_id, model.id))
+
+    aws.plug, aws.unplug = plug, unplug
     answer = ec2.attach_network_interface(
         NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1, NetworkCardIndex=0
     )
@@ -66,10 +78,13 @@ def test_an_attachment_goes_through_its_phases(aws: Aws, host: Instance, eni: st
     assert "AttachTime" in attachment
     assert described(ec2, eni)["Status"] == "in-use"
     assert seen == []
+    gate.set()
     wait(lambda: attachment_status(ec2, eni) == "attached", "the attachment")
     assert seen == [("plug", host.id, eni)]
+    gate.clear()
     ec2.detach_network_interface(AttachmentId=answer["AttachmentId"])
     assert attachment_status(ec2, eni) == "detaching"
+    gate.set()
     wait(lambda: attachment_status(ec2, eni) is None, "the detachment")
     assert described(ec2, eni)["Status"] == "available"
     assert seen[1:] == [("unplug", host.id, eni)]
@@ -122,10 +137,8 @@ def test_attach_refuses_more_interfaces_than_the_type_has(aws: Aws, subnet: str,
 
 
 def test_attach_refuses_an_instance_that_does_not_run(aws: Aws, host: Instance, eni: str) -> None:
-    aws.shutdown_delay = 0.2
     ec2 = client(aws)
-    aws.terminate(host)
-    wait(lambda: host.model.state == "shutting-down", "the shutdown")
+    vars(host.model.instance_state).update(name="shutting-down", code=32)
     status, code, _ = refusal(
         ec2.attach_network_interface, NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1
     )
@@ -209,6 +222,7 @@ def test_detach_refuses_what_ec2_refuses(aws: Aws, subnet: str, host: Instance, 
     aws.refuse_detach.add(host.id)
     assert refusal(ec2.detach_network_interface, AttachmentId=attachment)[1] == "IncorrectState"
     aws.refuse_detach.clear()
+    aws.detach_delay = 3600
     ec2.detach_network_interface(AttachmentId=attachment)
     assert refusal(ec2.detach_network_interface, AttachmentId=attachment)[1] == "IncorrectState"
 
@@ -233,7 +247,7 @@ def test_a_terminated_instance_lets_its_enis_go(
     aws.launch(subnet, ip=PEER)
     ec2, scaling = client(aws, source=PEER), client(aws, "autoscaling", PEER)
     ec2.attach_network_interface(NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1)
-    aws.shutdown_delay = 5
+    aws.shutdown_delay = 20
     aws.terminate(host)
     listed = scaling.describe_auto_scaling_instances(InstanceIds=[host.id])
     assert listed["AutoScalingInstances"][0]["LifecycleState"] == "Terminating"
@@ -351,11 +365,12 @@ def test_auto_scaling_takes_fifty_ids_at_most(aws: Aws, host: Instance) -> None:
 
 
 def test_describe_lags_behind_an_attach(aws: Aws, host: Instance, eni: str) -> None:
-    aws.attach_delay, aws.describe_lag = 0.0, 4.0
+    aws.attach_delay, aws.describe_lag = 0.0, 3600.0
     ec2 = client(aws)
     start = time.monotonic()
     ec2.attach_network_interface(NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1)
     assert described(ec2, eni)["Status"] == "available"
+    aws.describe_lag = 4.0
     wait(lambda: described(ec2, eni)["Status"] == "in-use", "the describe")
     assert time.monotonic() - start >= 4
 
@@ -524,7 +539,7 @@ def test_imds_wants_a_token_and_counts_its_time(
 
 def test_a_token_expires_and_belongs_to_one_instance(aws: Aws, subnet: str, host: Instance) -> None:
     aws.launch(subnet, ip=PEER)
-    path, short = "meta-data/instance-id", token(seconds=1)
+    path, short = "meta-data/instance-id", token(seconds=10)
     assert ask(path, short)[0] == 200
     assert ask(path, short, source=PEER)[0] == 401
     wait(lambda: ask(path, short)[0] == 401, "the token to expire")
@@ -591,7 +606,7 @@ def test_imds_knows_the_instance_by_any_of_its_addresses(
 def test_imds_lists_a_new_eni_late_and_as_device_0_at_first(
     aws: Aws, host: Instance, eni: str
 ) -> None:
-    aws.attach_delay, aws.imds_lag = 0.0, 6.0
+    aws.attach_delay, aws.imds_lag = 0.0, 20.0
     ec2 = client(aws)
     path = f"network/interfaces/macs/{aws.eni(eni).mac_address}/device-number"
     ec2.attach_network_interface(NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1)
