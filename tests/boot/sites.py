@@ -111,6 +111,17 @@ class Site:
             machine.instance.id,
         ]
 
+    def check_journal(self, machine: Booted, units: str, attached: str, most: int) -> None:
+        """The units have told of the ENI, in few lines: at most so many for a try of eni.service.
+
+        A slow guest tells more often that it waits, and may need more than one try.
+        """
+        journal = machine.sh(f"journalctl --no-pager --boot {units} --output cat")
+        assert f"attached {self.eni} {attached}\n" in journal
+        tries = len(re.findall("^Starting .*Attach the ENI", journal, re.M))
+        lines = [line for line in journal.splitlines() if "eni_ctl.py: waiting, " not in line]
+        assert len(lines) <= most * tries, journal
+
     def await_both(self, machine: Booted) -> None:
         """Wait until both addresses are reached, and call: after a restart of the network."""
         for host, other, address in self.pairs(machine):

@@ -76,11 +76,7 @@ def test_the_life_of_a_nat_instance_and_of_its_successors(
     record_property("  of which eni.service", first.eni_service_took())
     site.check(first)
     site.check_forwarding()
-    journal = first.sh("journalctl --no-pager --boot --unit eni --output cat")
-    assert f"attached {site.eni} ({ENI}) as eth1" in journal
-    waiting = re.compile("waiting, [0-9]+ s of ")  # of these a slow guest has more
-    lines = [line for line in journal.splitlines() if not waiting.search(line)]
-    assert len(lines) <= 6, journal
+    site.check_journal(first, "--unit eni", f"({ENI}) as eth1", most=6)
     assert site.attaches() == 1
 
     # A reboot: all again, but no second attach. Meanwhile a spare boots, and takes nothing. For
