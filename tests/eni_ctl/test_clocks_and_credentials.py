@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from lab import Lab, Machine
 from lab.ec2 import DENIED
-from lab.watching import all_at_once, await_waiting, calls, last_line, wait_for_line
+from lab.watching import (
+    all_at_once,
+    await_waiting,
+    calls,
+    give_up,
+    last_line,
+    wait_for_line,
+)
 
 HOUR = 3600
 # What the services say of a clock that is off: (service, code or "" for what it is known for).
@@ -141,7 +148,7 @@ def test_a_role_that_cannot_be_assumed_needs_a_person(lab: Lab, machine: Machine
 
 def test_a_profile_that_is_not_found_yet_is_waited_for(lab: Lab, machine: Machine) -> None:
     machine.instance.role_error = "InstanceProfileNotFound"
-    await_waiting(machine, "-a", for_what="InstanceProfileNotFound")
+    give_up(machine, "-a", over="InstanceProfileNotFound")
     machine.instance.role_error = ""
     assert machine.eni_ctl("-a").returncode == 0
 
