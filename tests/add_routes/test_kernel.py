@@ -10,6 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lab.kernel import SCRIPT, Kernel
+from lab.vpc import OUTER_LIMIT
 from strategies import DEVICES, addresses_of
 
 
@@ -287,7 +288,7 @@ def test_hooks_at_once_do_not_disturb_each_other(kernel: Kernel) -> None:
         )
         for arguments in [["eth0"], ["eth1", "--default"]] * 4
     ]
-    ends = [(hook.communicate(timeout=400)[1], hook.returncode) for hook in hooks]
+    ends = [(hook.communicate(timeout=OUTER_LIMIT)[1], hook.returncode) for hook in hooks]
     assert ends == [("", 0)] * 8
     assert kernel.state() == wanted
 

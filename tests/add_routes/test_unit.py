@@ -18,8 +18,8 @@ def test_it_needs_no_capability_but_the_one_that_the_unit_leaves_it(kernel: Kern
     (left,) = re.findall("^CapabilityBoundingSet=CAP_(.+)$", UNIT.read_text(), re.M)
     drop = ["setpriv", f"--bounding-set=-all,+{left.lower()}", "--inh-caps=-all", "--no-new-privs"]
     process = subprocess.Popen(kernel.command(*drop, SCRIPT, "--watch", "-d", "eth*"))
-    await_that(lambda: "20030: from 10.0.1.22 lookup 101" in kernel.rules(), 60)
-    await_that(lambda: "101 eth1" in kernel.run("cat", NAME).stdout, 60)
+    await_that(lambda: "20030: from 10.0.1.22 lookup 101" in kernel.rules())
+    await_that(lambda: "101 eth1" in kernel.run("cat", NAME).stdout)
     assert kernel.run("stat", "-c", "%a", NAME).stdout == "644\n"
     process.terminate()
     assert process.wait(60) == 0

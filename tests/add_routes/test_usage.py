@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from lab.kernel import SCRIPT, Kernel
+from lab.vpc import OUTER_LIMIT
 
 import add_routes
 
@@ -157,8 +158,8 @@ def test_a_run_waits_for_another(kernel: Kernel) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(timeout=0.5)
     assert kernel.rules() == []
-    holder.communicate("done\n", timeout=400)
-    assert waiting.wait(timeout=400) == 0
+    holder.communicate("done\n", timeout=OUTER_LIMIT)
+    assert waiting.wait(timeout=OUTER_LIMIT) == 0
     assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
 
 

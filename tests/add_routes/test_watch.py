@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from lab import await_that
 from lab.kernel import SCRIPT, Kernel
+from lab.vpc import OUTER_LIMIT
 
-PATIENCE = 100.0
 TICKS = os.sysconf("SC_CLK_TCK")
 Note = Callable[[str, object], None]
 
@@ -49,7 +49,7 @@ class Watch:
             assert self.process.poll() is None, self.said()
             return condition()
 
-        await_that(met, PATIENCE)
+        await_that(met)
 
     def awaits_peace(self) -> None:
         """Wait until it has found nothing to do for a while: it runs no `ip`, and uses no CPU."""
@@ -69,7 +69,7 @@ class Watch:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(OUTER_LIMIT)
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_killed_at_any_ip_it_makes_all_right_when_started_again(
     for after in ("", f'{real} "$@" > /dev/null; '):
         for at in range(1, 6):
             watch = start(**kernel.fake_ip(f"{after}kill -9 $PPID; exit 1", at))
-            assert watch.process.wait(PATIENCE) == -signal.SIGKILL
+            assert watch.process.wait(OUTER_LIMIT) == -signal.SIGKILL
             again = start()
             again.awaits(lambda: kernel.state() == served)
             again.end(signal.SIGKILL)
@@ -282,7 +282,7 @@ def test_hooks_run_beside_it(kernel: Kernel, start: Start, served: list[str]) ->
     for arguments in [["eth0"], ["eth1"]] * 4:
         command = kernel.command(SCRIPT, "-d", *arguments)
         hooks.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    ends = [(hook.communicate(timeout=PATIENCE)[1], hook.returncode) for hook in hooks]
+    ends = [(hook.communicate(timeout=OUTER_LIMIT)[1], hook.returncode) for hook in hooks]
     assert ends == [("", 0)] * 8
     watch.awaits(lambda: kernel.state() == served)
     kernel.serve("-d eth1 -r")  # it is still up, so --watch serves it again
@@ -342,8 +342,8 @@ def test_nobody_needs_to_read_what_it_says(kernel: Kernel, end: str) -> None:
     starter = "sh -c 'echo $$ >/run/watch.pid; exec \"$@\"' sh"
     line = f"{starter} {SCRIPT} --watch -d 'eth*' >/dev/null {end}"
     shell = subprocess.Popen(kernel.command("sh", "-c", line))
-    await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1", PATIENCE)
+    await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
     kernel.sh("ip addr add 10.0.1.23/24 dev eth1")
-    await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1", PATIENCE)
+    await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1")
     kernel.sh("kill $(cat /run/watch.pid)")
-    shell.wait(PATIENCE)
+    shell.wait(OUTER_LIMIT)

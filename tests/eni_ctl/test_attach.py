@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from lab.watching import give_up, last_line, wait_for_line
 
 from eni_ctl import STATES_AGE
@@ -100,7 +101,7 @@ def test_a_group_known_late_is_waited_for(lab: Lab, subnet: str, eni: str) -> No
     running = machine.start_eni_ctl("-a")
     wait_for_line(running, "is in no Auto Scaling group")
     lab.aws.join(machine.instance, "web")
-    _, err = running.communicate(timeout=400)
+    _, err = running.communicate(timeout=OUTER_LIMIT)
     assert running.returncode == 0, err
 
 
@@ -214,7 +215,7 @@ def test_an_eni_that_is_released_is_noticed_while_waiting(
     line = wait_for_line(waiting, "waiting, [0-9]+ s of 300 s: ")
     assert f"{eni} is held by {machine.instance.id} (InService)" in line
     assert machine.eni_ctl("-d").returncode == 0
-    out, _ = waiting.communicate(timeout=400)
+    out, _ = waiting.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n"
 
 
@@ -225,7 +226,7 @@ def test_a_holder_that_starts_to_terminate_is_noticed_while_waiting(
     waiting = lab.launch(subnet, group="web").start_eni_ctl("-a")
     wait_for_line(waiting, "is held by")
     machine.instance.life_cycle = "Terminating:Wait"
-    out, _ = waiting.communicate(timeout=400)
+    out, _ = waiting.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n"
 
 
@@ -267,7 +268,7 @@ def test_a_warmed_instance_claims_nothing_until_it_is_in_service(
     )
     assert lab.aws.eni(eni).attachment_id is None
     machine.instance.life_cycle = "InService"
-    out, _ = waiting.communicate(timeout=400)
+    out, _ = waiting.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n"
 
 
@@ -292,7 +293,7 @@ def test_an_instance_that_begins_to_terminate_while_it_waits_claims_nothing(
     waiting = spare.start_eni_ctl("-a")
     wait_for_line(waiting, "is held by")
     spare.instance.life_cycle = "Terminating"
-    _, err = waiting.communicate(timeout=400)
+    _, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert waiting.returncode == 1
     assert err.endswith("this instance is Terminating: it claims nothing\n")
 
@@ -319,7 +320,7 @@ def test_every_host_of_a_pool_gets_an_eni(lab: Lab, subnet: str) -> None:
     machines = [lab.launch(subnet, group="web") for _ in enis]
     running = [machine.start_eni_ctl("-a") for machine in machines]
     for process in running:
-        _, err = process.communicate(timeout=400)
+        _, err = process.communicate(timeout=OUTER_LIMIT)
         assert process.returncode == 0, err
     assert {machine.state()["ENI_ID"] for machine in machines} == enis
 
@@ -449,7 +450,7 @@ def test_a_name_server_that_never_answers_does_not_outlive_the_deadline(
 def test_two_runs_at_once_attach_one_eni(lab: Lab, subnet: str, machine: Machine) -> None:
     lab.aws.create_eni(subnet, name="web")
     running = [machine.start_eni_ctl("-a") for _ in range(2)]
-    results = [process.communicate(timeout=400) for process in running]
+    results = [process.communicate(timeout=OUTER_LIMIT) for process in running]
     assert [process.returncode for process in running] == [0, 0], results
     assert results[0][0] == results[1][0]
     assert actions(lab).count("AttachNetworkInterface") == 1
@@ -479,7 +480,7 @@ def test_killed_in_mid_claim_a_second_run_holds_one_eni(
     killed: list[subprocess.Popen[str]] = []
     lab.aws.fail("AttachNetworkInterface", when=when, how="drop", do=lambda: killed[0].kill())
     killed.append(machine.start_eni_ctl("-a"))
-    killed[0].communicate(timeout=400)
+    killed[0].communicate(timeout=OUTER_LIMIT)
     assert killed[0].returncode == -signal.SIGKILL
     done = machine.eni_ctl("-a")
     assert done.returncode == 0, done.stderr

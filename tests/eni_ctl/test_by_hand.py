@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from lab.watching import holder, wait_for_line
 
 Record = Callable[[str, object], None]
@@ -44,7 +45,7 @@ def test_force_by_hand_is_done_at_once_beside_a_waiting_service(
     done = machine.eni_ctl("-a", "-f")
     record_property("-a -f by hand beside a waiting service", time.monotonic() - started)
     assert (done.returncode, done.stdout) == (0, f"attached {eni} (10.0.1.22) as eth1\n"), done
-    out, err = waiting.communicate(timeout=400)
+    out, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert holder(lab, eni) == machine.instance.id
 
@@ -105,5 +106,5 @@ def test_a_detach_that_hangs_does_not_keep_the_lock(lab: Lab, machine: Machine, 
     done = machine.eni_ctl("-a", "--dry-run")
     assert done.returncode == 0, done.stderr
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
-    out, err = running.communicate(timeout=400)
+    out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"detached {eni} (10.0.1.22)\n", err

@@ -9,6 +9,7 @@ import pytest
 from lab import Lab, Machine, await_that, odd
 from lab.ec2 import DENIED
 from lab.knobs import Change
+from lab.vpc import OUTER_LIMIT
 from lab.watching import all_at_once, attached_by, calls, holder, last_line, wait_for_line
 
 # Codes and words of refusals that concern one ENI, as EC2 gives them.
@@ -291,7 +292,7 @@ def test_a_waiting_host_says_so_only_when_the_answer_changes(
     waiting = machine.start_eni_ctl("-a")
     wait_for_line(waiting, "first words")
     wait_for_line(waiting, "other words")
-    out, err = waiting.communicate(timeout=400)
+    out, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert out.startswith(f"attached {eni} "), err
     refused = [line for line in err.splitlines() if "first words" in line]
     assert refused == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lab import Lab, Machine
 from lab.ec2 import DENIED
+from lab.vpc import OUTER_LIMIT
 from lab.watching import (
     all_at_once,
     await_waiting,
@@ -38,7 +39,7 @@ def test_a_clock_that_is_not_set_can_be_waited_for(lab: Lab, subnet: str) -> Non
         # Longer than what needs a person is tried.
         wait_for_line(running, f"waiting, ([1-9][0-9]|1[0-9][0-9]) s .*{code}")
         machine.instance.clock_offset = 0
-        out, err = running.communicate(timeout=400)
+        out, err = running.communicate(timeout=OUTER_LIMIT)
         assert out.startswith("attached eni-"), err
 
     cases = []
@@ -61,7 +62,7 @@ def test_a_clock_half_a_day_ahead_is_waited_for_too(lab: Lab, machine: Machine, 
     running = machine.start_eni_ctl("-a")
     wait_for_line(running, "waiting")
     machine.instance.clock_offset = 0
-    out, err = running.communicate(timeout=400)
+    out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert "unexpected" not in err
 
@@ -158,7 +159,7 @@ def test_a_role_that_can_be_assumed_again_is_used(lab: Lab, machine: Machine, en
     running = machine.start_eni_ctl("-a")
     wait_for_line(running, "AssumeRoleUnauthorizedAccess")
     machine.instance.role_error = ""
-    out, err = running.communicate(timeout=400)
+    out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 

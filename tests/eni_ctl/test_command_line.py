@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from lab import TOP, Lab, Machine
+from lab.vpc import OUTER_LIMIT
 from lab.watching import last_line
 
 import eni_ctl
@@ -122,7 +123,7 @@ def test_an_interrupt_ends_it_with_one_line(lab: Lab, machine: Machine) -> None:
     assert process.stderr
     process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=OUTER_LIMIT)
     assert process.returncode == 130
     assert err.splitlines()[-1].startswith("eni_ctl.py: interrupted: IMDS")
     assert "Traceback" not in err
@@ -134,7 +135,7 @@ def test_sigterm_ends_it_at_once(lab: Lab, machine: Machine) -> None:
     assert process.stderr
     process.stderr.readline()
     process.terminate()
-    process.communicate(timeout=400)
+    process.communicate(timeout=OUTER_LIMIT)
     assert process.returncode == -signal.SIGTERM
 
 

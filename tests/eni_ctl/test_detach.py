@@ -6,6 +6,7 @@ import signal
 import subprocess
 
 from lab import Lab, Machine
+from lab.vpc import OUTER_LIMIT
 from lab.watching import give_up, wait_for_line
 
 
@@ -93,7 +94,7 @@ def test_a_detach_that_an_earlier_run_began_is_finished(
     second = machine.start_eni_ctl("-d")
     wait_for_line(second, f"{eni} is being detached")
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
-    out, _ = second.communicate(timeout=400)
+    out, _ = second.communicate(timeout=OUTER_LIMIT)
     assert out == f"detached {eni} (10.0.1.22)\n"
 
 
@@ -105,7 +106,7 @@ def test_a_detach_after_a_kill_in_mid_attach_finds_the_eni(
     killed: list[subprocess.Popen[str]] = []
     lab.aws.fail("AttachNetworkInterface", when="after", how="drop", do=lambda: killed[0].kill())
     killed.append(machine.start_eni_ctl("-a"))
-    killed[0].communicate(timeout=400)
+    killed[0].communicate(timeout=OUTER_LIMIT)
     assert killed[0].returncode == -signal.SIGKILL
     done = machine.eni_ctl("-d")
     assert done.stdout == f"detached {eni} (10.0.1.22)\n", done.stderr

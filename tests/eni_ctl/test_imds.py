@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from lab import Lab, Machine, snippet
 from lab.aws import Aws
+from lab.vpc import OUTER_LIMIT
 from lab.watching import give_up, last_line, wait_for_line
 
 IPV6_ONLY = snippet("# /etc/systemd/system/eni.service.d/ipv6.conf")
@@ -37,7 +38,7 @@ def test_imds_that_comes_up_late_is_waited_for(lab: Lab, machine: Machine) -> No
     process = machine.start_eni_ctl("-a")
     wait_for_line(process, "IMDS, PUT http://169.254.169.254/latest/api/token")
     lab.aws.imds_up = True
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=OUTER_LIMIT)
     assert process.returncode == 0, err
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lab import Lab, Machine, await_that, odd
 from lab.knobs import Change
+from lab.vpc import OUTER_LIMIT
 from lab.watching import (
     all_at_once,
     attached_by,
@@ -203,5 +204,5 @@ def test_a_holder_among_very_many_is_found(lab: Lab, subnet: str) -> None:
     waiting = lab.launch(subnet, group="web").start_eni_ctl("-a")
     wait_for_line(waiting, "InService")
     peers[4].instance.life_cycle = "Terminating"
-    out, err = waiting.communicate(timeout=400)
+    out, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert out.startswith(f"attached {enis[4]} "), err

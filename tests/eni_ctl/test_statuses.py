@@ -7,6 +7,7 @@ import re
 import pytest
 from lab import Lab, Machine, await_that, odd
 from lab.imds import ACCOUNT
+from lab.vpc import OUTER_LIMIT
 from lab.watching import (
     all_at_once,
     attached_by,
@@ -34,7 +35,7 @@ def test_an_interface_that_is_busy_is_waited_for_and_its_status_named(
         assert re.search(f"{eni}.*{status}", wait_for_line(waiting, "waiting"))
         assert attached_by(lab, machine) == []
         lab.aws.lab_eni(eni).status = ""
-        out, err = waiting.communicate(timeout=400)
+        out, err = waiting.communicate(timeout=OUTER_LIMIT)
         assert out.startswith(f"attached {eni} "), err
 
     cases = []
@@ -143,7 +144,7 @@ def test_an_attachment_that_ec2_undoes_is_made_again(lab: Lab, machine: Machine,
     await_that(lambda: calls(lab, "AttachNetworkInterface") == 1)
     await_that(lambda: holder(lab, eni) is None)
     lab.aws.never_plug.clear()
-    out, err = running.communicate(timeout=400)
+    out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert calls(lab, "AttachNetworkInterface") == 2
     assert machine.state()["ATTACHMENT_ID"] == lab.aws.eni(eni).attachment_id
@@ -167,7 +168,7 @@ def test_a_peer_that_takes_the_interface_meanwhile_is_named(
     lab.aws.never_plug.clear()
     machine.configures = True
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
-    out, err = running.communicate(timeout=400)
+    out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 
@@ -181,7 +182,7 @@ def test_an_interface_that_is_deleted_meanwhile_is_missed(
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
     await_that(lambda: holder(lab, eni) is None)
     del lab.aws.enis[eni]
-    _, err = running.communicate(timeout=400)
+    _, err = running.communicate(timeout=OUTER_LIMIT)
     assert running.returncode == 4
     assert 'no network interface named "web"' in err.splitlines()[-1]
 
@@ -195,6 +196,6 @@ def test_an_older_answer_after_a_newer_one_costs_no_second_attach(
     running = machine.start_eni_ctl("-a")
     await_that(lambda: calls(lab, "AttachNetworkInterface") == 1)
     lab.aws.next_lags = list(lags)
-    out, err = running.communicate(timeout=400)
+    out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert calls(lab, "AttachNetworkInterface") == 1

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from lab.watching import calls, holder, last_line
 
 EVIL = "open('/run/was-imported', 'w').close()\n"
@@ -229,6 +230,6 @@ def test_an_interrupt_by_hand_ends_with_one_line(
         if b"eni_ctl.py" in subprocess.check_output(["cat", f"/proc/{pid}/cmdline"])
     ]
     os.kill(pid, signal.SIGINT)
-    _, err = running.communicate(timeout=400)
+    _, err = running.communicate(timeout=OUTER_LIMIT)
     assert running.returncode == 130
     assert "Traceback" not in err

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from lab.watching import (
     all_at_once,
     attached_by,
@@ -133,7 +134,7 @@ def test_a_host_in_standby_or_in_the_warm_pool_claims_once_it_is_in_service(
     wait_for_line(waiting, rf"waiting.*{state}")
     assert attached_by(lab, machine) == []
     machine.instance.life_cycle = "InService"
-    out, err = waiting.communicate(timeout=400)
+    out, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 
@@ -249,7 +250,7 @@ def test_a_holder_that_goes_back_to_the_warm_pool_is_relieved_while_we_wait(
     wait_for_line(waiting, peer.instance.id)
     peer.instance.life_cycle = "Warmed:Stopped"
     lab.aws.halt(peer.instance)
-    out, err = waiting.communicate(timeout=400)
+    out, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 

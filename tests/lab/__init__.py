@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lab.aws import Aws, Instance
-from lab.vpc import ENDPOINT, ENDPOINT6, IMDS, V6_ROUTER, Host, Vpc
+from lab.vpc import ENDPOINT, ENDPOINT6, IMDS, OUTER_LIMIT, V6_ROUTER, Host, Vpc
 
 TOP = Path(__file__).parents[2]
 README = (TOP / "README.md").read_text()
@@ -85,7 +85,7 @@ class Machine(Host):
         """Wait until all devices that came or went are set up: ifupdown has done its work, and
         the kernel has found that no IPv6 address is in use by another (tentative ones are mute)."""
         for process in self.hotplugs:
-            code = process.wait(400)
+            code = process.wait(OUTER_LIMIT)
             assert code == 0, (self.root / "ifup.log").read_text()
         self.hotplugs.clear()
         await_that(lambda: not self.ip("-6", "addr", "show", "tentative"))
@@ -206,7 +206,7 @@ class Lab:
         self.close()
 
 
-def await_that(condition: Callable[[], bool], seconds: float = 400) -> None:
+def await_that(condition: Callable[[], bool], seconds: float = OUTER_LIMIT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

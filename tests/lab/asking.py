@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from lab.aws import Aws
+from lab.vpc import OUTER_LIMIT
 
 ENDPOINT, IMDS = "203.0.113.10", "169.254.169.254"
 IMDS6, ENI6 = "fd00:ec2::254", "2001:db8:0:1::5"
@@ -77,9 +78,9 @@ def refusal(call: Callable[..., Any], **params: Any) -> tuple[int, str, str]:
 
 
 def wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + OUTER_LIMIT
     while not condition():
-        assert time.monotonic() < deadline, f"waited 400 s for {what}"
+        assert time.monotonic() < deadline, f"waited {OUTER_LIMIT:.0f} s for {what}"
         time.sleep(0.01)
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 
 from lab import await_that
-from lab.vpc import V6_ROUTER, Host, Vpc, run
+from lab.vpc import OUTER_LIMIT, V6_ROUTER, Host, Vpc, run
 
 # A lease ends after six seconds, whatever the server says: so the test need not wait for an hour.
 DHCLIENT = """
@@ -88,7 +88,7 @@ class Daemon:
 
     def end(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
-        self.process.wait(60)
+        self.process.wait(OUTER_LIMIT)
 
 
 def start_dhclient(host: Host, device: str, metric: int = 0) -> Daemon:
@@ -127,7 +127,7 @@ class Networkd:
         # Where /sys cannot be written to, networkd does not wait for udev: there is none here.
         run(*host.command("mount", "-o", "remount,bind,ro", "/sys"))
         self.bus = Daemon(host, "dbus-daemon", "--system", "--nofork", "--nopidfile")
-        await_that(lambda: host.exists("/run/dbus/system_bus_socket"), 60)
+        await_that(lambda: host.exists("/run/dbus/system_bus_socket"))
         self.start()
 
     def start(self) -> None:
@@ -151,7 +151,7 @@ class Networkd:
         run(*self.host.command("find", "/run/systemd/netif/links", "-type", "f", "-delete"))
 
     def await_configured(self, *devices: str) -> None:
-        await_that(lambda: all(map(self.is_configured, devices or self.devices)), 60)
+        await_that(lambda: all(map(self.is_configured, devices or self.devices)))
 
     def is_configured(self, device: str) -> bool:
         done = self.host.run("networkctl", "status", device)

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from lab.vpc import OUTER_LIMIT
+
 SCRIPT = str(Path(__file__).parents[2] / "add_routes.py")
 # Its own network, its own /run and no rt_tables.d, until it ends.
 NAMESPACE = """
@@ -50,7 +52,7 @@ class Kernel:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=OUTER_LIMIT,
             check=False,
         )
 

@@ -29,7 +29,7 @@ from lab import TOP, await_that
 from lab.caller import BULK, BULK_SIZE, COUNT, ECHO
 from lab.daemons import Daemon
 from lab.outcomes import Case, Outcome
-from lab.vpc import IMDS, V6_ROUTER, Host, Vpc, run
+from lab.vpc import IMDS, OUTER_LIMIT, V6_ROUTER, Host, Vpc, run
 
 CALLER = Path(__file__).with_name("caller.py").read_text()
 SUBNETS = {
@@ -451,7 +451,7 @@ class Subject(Peer):
             runs = [self.popen("add_routes.py", "-d", device) for device in devices]
             for device, run_of_it in zip(devices, runs):
                 self.options[device] = ()
-                self.log.append(f"{device}: {run_of_it.communicate(timeout=60)}")
+                self.log.append(f"{device}: {run_of_it.communicate(timeout=OUTER_LIMIT)}")
 
     def delete_all_of_ours(self) -> None:
         """Somebody deletes all rules but the kernel's own three, and empties the tables."""
@@ -480,7 +480,7 @@ class Subject(Peer):
     def end_watch(self, number: int = signal.SIGTERM) -> int:
         assert self.watch
         self.watch.send_signal(number)
-        return self.watch.wait(60)
+        return self.watch.wait(OUTER_LIMIT)
 
     # --- judging ---
 
@@ -592,7 +592,7 @@ def pinging(pinger: Host, address: str) -> Iterator[dict[str, int]]:
         yield count
     finally:
         ping.send_signal(signal.SIGINT)
-        out, err = ping.communicate(timeout=60)
+        out, err = ping.communicate(timeout=OUTER_LIMIT)
     found = re.search(r"(\d+) packets transmitted, (\d+) received", out)
     assert found, out + err
     count.update(sent=int(found[1]), lost=int(found[1]) - int(found[2]))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from lab.watching import give_up, last_line, wait_for_line
 from places import note, timed, wrong_end
 
@@ -130,14 +131,14 @@ def test_a_lock_that_is_held_is_waited_for_until_the_deadline(machine: Machine) 
     wait_for_line(waiting, "another run")
     holder.kill()
     holder.communicate()
-    _, err = waiting.communicate(timeout=400)
+    _, err = waiting.communicate(timeout=OUTER_LIMIT)
     assert waiting.returncode == 0, err
 
 
 def stopped(process: subprocess.Popen[str]) -> None:
     """End a run as systemd would; it leaves at once, and quietly."""
     process.terminate()
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=OUTER_LIMIT)
     assert process.returncode == -signal.SIGTERM
     assert "Traceback" not in err
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from places import Place, note, try_all
 
 pytestmark = pytest.mark.timeout(1800)  # for a machine that does other things too
@@ -170,7 +171,7 @@ def test_killed_at_any_point_one_more_run_makes_it_right(lab: Lab, subnet: str, 
         while True:
             prepare(place, verb)
             process = points(verb)[kind](place, verb, n)
-            out, err = process.communicate(timeout=400)
+            out, err = process.communicate(timeout=OUTER_LIMIT)
             if process.returncode != -signal.SIGKILL:
                 break  # it met no more of them
             met.add(kind)
@@ -223,7 +224,7 @@ def test_add_routes_killed_at_any_point_is_made_right_by_one_more_run(
 
     def survives(process: subprocess.Popen[str], kind: str) -> bool:
         """Whether the run was killed, and one more run then made all right."""
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=OUTER_LIMIT)
         if process.returncode == 0:
             return False
         assert process.returncode == -signal.SIGKILL, out + err

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 
 
 @pytest.fixture
@@ -33,5 +34,5 @@ def test_nothing_runs_on_a_host_whose_power_is_off(host: Machine) -> None:
     await_that(lambda: len(host.processes()) > 2)
     host.stop()
     assert host.processes() == []
-    process.communicate(timeout=120)
+    process.communicate(timeout=OUTER_LIMIT)
     host.stop()  # once more changes nothing
