@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 """Packets as judges: `probe.py serve` tells each TCP caller its address as seen from here;
 `probe.py ask ADDRESS [SOURCE]` calls such a server, from SOURCE if given, and prints what it says;
+`probe.py ask-each ADDRESS SOURCE [ADDRESS SOURCE]...` makes all these calls, and prints a line for
+each, empty where nobody answers;
 `probe.py watch ADDRESS` calls it ten times a second, and prints a line when answers stop or start:
 "silent" or "answers", and the seconds since it last heard something.
 """
@@ -14,6 +16,7 @@ import time
 
 PORT = 7
 PATIENCE = 5.0  # seconds until a connection counts as failed
+GUEST_PATIENCE = 20.0  # the same where the caller is a virtual machine on an emulated processor
 PACE = 0.1  # seconds between the calls of `watch`, and how long one of them waits
 
 
@@ -50,11 +53,22 @@ def watch(address: str) -> None:
         said = now
 
 
+def ask_each(addresses: list[str], sources: list[str]) -> None:
+    for address, source in zip(addresses, sources):
+        try:
+            print(call(address, source, GUEST_PATIENCE))
+        except OSError:
+            print()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve()
     if sys.argv[1] == "watch":
         watch(sys.argv[2])
+    if sys.argv[1] == "ask-each":
+        ask_each(sys.argv[2::2], sys.argv[3::2])
+        sys.exit()
     try:
         print(call(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None))
     except OSError as error:
