@@ -228,7 +228,8 @@ class Booted:
         patient, began = self.vm.patience(), time.monotonic()
         while not condition(answer := self.vm.run(command).stdout.strip()):
             assert patient(), f"{command}: {answer}\n{self.journal()}"
-            time.sleep(max(1.0, (time.monotonic() - began) / 5))
+            waited = time.monotonic() - began
+            time.sleep(min(1 + waited / 10, 10))
 
     def await_that(self, condition: Callable[[], bool]) -> None:
         """Wait for what the guest brings about, without a look into it: that slows it."""

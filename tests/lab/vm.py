@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -131,37 +132,39 @@ def mirror() -> str:
     return found[0]
 
 
-def debian(image: Image, cache_dir: Path = CACHE) -> Path:
-    """The root tree of an image, cached. Only a whole one ever has the final name."""
-    recipe = [*OPTIONS, f"--include={PACKAGES},{NETWORK_PACKAGES[image.network]}"]
-    key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
-    tree = cache_dir / f"{'-'.join(image)}-{key}"
+def recipe(image: Image) -> list[str]:
+    """mmdebstrap's options."""
+    return [*OPTIONS, f"--include={PACKAGES},{NETWORK_PACKAGES[image.network]}"]
+
+
+def tree_of(image: Image) -> Path:
+    """Where an image's root tree is, or will be. Only a whole one ever has this name."""
+    key = hashlib.sha256("\n".join(recipe(image)).encode()).hexdigest()[:12]
+    return CACHE / f"{'-'.join(image)}-{key}"
+
+
+def debian(image: Image) -> Path:
+    """The root tree of an image, cached."""
+    tree = tree_of(image)
     if not tree.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with (cache_dir / "lock").open("w") as lock:
+        with (CACHE / f"{'-'.join(image)}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may make it, too
             if not tree.is_dir():
-                make_tree(image, recipe, tree)
+                make_tree(image, tree)
     return tree
 
 
-def make_tree(image: Image, recipe: Sequence[str], tree: Path) -> None:
+def make_tree(image: Image, tree: Path) -> None:
     """In the place of those that an older recipe has made."""
-    name, cache_dir = "-".join(image), tree.parent
-    free = shutil.disk_usage(cache_dir).free >> 20
-    if free < TREE_SIZE:
-        raise SystemExit(
-            f"not enough disk: the root tree of {name} needs {TREE_SIZE} MiB, "
-            f"and {cache_dir} has {free} MiB"
-        )
-    print(f"making the root tree of {name} in {cache_dir} (450 MiB, a minute)", file=sys.stderr)
-    for stale in cache_dir.glob(f"{name}-*"):
+    name = "-".join(image)
+    print(f"making the root tree of {name} in {CACHE} (450 MiB, a minute)", file=sys.stderr)
+    for stale in CACHE.glob(f"{name}-*"):
         remove_tree(stale)
-    partial = Path(tempfile.mkdtemp(prefix=f"{name}-partial-", dir=cache_dir))
+    partial = Path(tempfile.mkdtemp(prefix=f"{name}-partial-", dir=CACHE))
     partial.chmod(0o755)
     try:
         # A mount namespace: what mmdebstrap mounts in the tree cannot outlive it.
-        command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--quiet", *recipe]
+        command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--quiet", *recipe(image)]
         if subprocess.run([*command, image.release, str(partial), mirror()]).returncode:
             raise SystemExit(f"mmdebstrap could not make {name}: is a package mirror in reach?")
         partial.rename(tree)
@@ -494,11 +497,31 @@ class VirtualMachine:
         self.power_off()
 
 
-def main() -> int:
-    for image in IMAGES:
-        print(debian(image))
-    return 0
+def main() -> None:
+    """All images, one for each processor at a time: dpkg, and Python's compiler, use but one."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    need_disk(TREE_SIZE * sum(not tree_of(image).is_dir() for image in IMAGES))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = [pool.submit(debian, image) for image in IMAGES]
+        try:
+            for tree in made:
+                print(tree.result())
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, begin no other
+
+
+def need_disk(needed: int) -> None:
+    """Exit unless there are so many MiB for images."""
+    free = shutil.disk_usage(CACHE).free >> 20
+    if free < needed:
+        raise SystemExit(
+            f"not enough disk: the virtual machines' images need {needed} MiB, "
+            f"and {CACHE} has {free} MiB"
+        )
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted while the virtual machines' images were made") from None
