@@ -6,6 +6,7 @@ Each test waits for what has to become so, for as long as a busy machine needs.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,10 +53,22 @@ class Watch:
         await_that(met)
 
     def awaits_peace(self) -> None:
-        """Wait until it has found nothing to do for a while: it runs no `ip`, and uses no CPU."""
-        before = -1.0
-        while before != (before := self.cpu_seconds()):
+        """Wait until it has found nothing to do: it sleeps for a second, and runs no program."""
+        before = 0
+        while (now := self.sleeps()) == 0 or now != before:
+            before = now
             time.sleep(1)
+
+    def sleeps(self) -> int:
+        """How often it has gone to sleep. 0 while it is awake: it, or a program that it has
+        started, works, or would if this busy machine had time for it."""
+        proc = Path(f"/proc/{self.process.pid}")
+        status = (proc / "status").read_text()
+        asleep = re.search(r"^State:\tS", status, re.M) is not None
+        children = (proc / f"task/{self.process.pid}/children").read_text()
+        count = re.search(r"^voluntary_ctxt_switches:\t(\d+)", status, re.M)
+        assert count
+        return int(count[1]) if asleep and not children else 0
 
     def cpu_seconds(self) -> float:
         """Its own, and those of the programs that it has run."""
