@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from lab import Lab, Machine, await_that, nat_interfaces, snippet
-from lab.vpc import Host, run
+from lab.vpc import OUTER_LIMIT, Host, run
 
 INTERFACES = snippet("# /etc/network/interfaces")
 INTERFACES6 = snippet("# IPv6, below in the same file")
@@ -47,7 +47,7 @@ class World:
         )
         self.machine.appeared.clear()
         self.lab.aws.attach(self.lab.aws.lab_eni(eni), self.machine.instance, index)
-        assert self.machine.appeared.wait(120)
+        assert self.machine.appeared.wait(OUTER_LIMIT)
         self.machine.await_network()
         return eni
 

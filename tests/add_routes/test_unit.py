@@ -10,6 +10,7 @@ import subprocess
 
 from lab import TOP, await_that
 from lab.kernel import SCRIPT, Kernel
+from lab.vpc import OUTER_LIMIT
 
 UNIT = TOP / "systemd/add_routes.service"
 
@@ -22,7 +23,7 @@ def test_it_needs_no_capability_but_the_one_that_the_unit_leaves_it(kernel: Kern
     await_that(lambda: "101 eth1" in kernel.run("cat", NAME).stdout)
     assert kernel.run("stat", "-c", "%a", NAME).stdout == "644\n"
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(OUTER_LIMIT) == 0
 
 
 NAME = "/etc/iproute2/rt_tables.d/eth1.conf"

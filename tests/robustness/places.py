@@ -34,6 +34,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lab import Lab, Machine, await_that
+from lab.vpc import OUTER_LIMIT
 from lab.wire import Fault
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ class Place:
         """As if a run had attached it long ago."""
         self.machine.appeared.clear()
         self.lab.aws.attach(self.lab.aws.lab_eni(eni), self.machine.instance, 1)
-        assert self.machine.appeared.wait(120)
+        assert self.machine.appeared.wait(OUTER_LIMIT)
         lab_eni = self.lab.aws.lab_eni(eni)
         await_that(lambda: lab_eni.attachment_status == "attached")
         self.forget()

@@ -206,7 +206,7 @@ def test_add_routes_killed_at_any_point_is_made_right_by_one_more_run(
     eni = lab.aws.create_eni(subnet, name="web", ipv6=["2001:db8:0:1::22"])
     machine = lab.launch(subnet, group="web", ipv6=["2001:db8:0:1::10"])
     lab.aws.attach(lab.aws.lab_eni(eni), machine.instance, 1)
-    assert machine.appeared.wait(120)
+    assert machine.appeared.wait(OUTER_LIMIT)
     await_that(lambda: "2001:db8:0:1::22" in machine.ip("addr", "show", "dev", "eth1"))
     machine.await_network()
     machine.write("/usr/local/sbin/ip", IP, 0o755)

@@ -44,6 +44,7 @@ from lab.asking import (
 from lab.aws import SEED_ACTIONS, Aws, Instance
 from lab.ec2 import EC2_THROTTLE, UNFILTERED, wildcard
 from lab.imds import target
+from lab.vpc import OUTER_LIMIT
 
 # --- attach
 
@@ -175,7 +176,7 @@ def test_one_of_many_attaches_at_once_wins(
     monkeypatch.setattr(aws, "attach", slowly)
 
     def attach(host: Instance) -> str:
-        start.wait(60)
+        start.wait(OUTER_LIMIT)
         try:
             ec2.attach_network_interface(NetworkInterfaceId=eni, InstanceId=host.id, DeviceIndex=1)
         except ClientError as error:
@@ -851,9 +852,9 @@ def test_stop_is_quick_with_timers_and_hanging_requests(aws: Aws, host: Instance
 
     hanging = threading.Thread(target=hang)
     hanging.start()
-    assert asked.wait(60)
+    assert asked.wait(OUTER_LIMIT)
     start = time.monotonic()
     aws.stop()
     assert time.monotonic() - start < aws.shutdown_delay / 2
-    hanging.join(60)
+    hanging.join(OUTER_LIMIT)
     assert not hanging.is_alive()
