@@ -482,7 +482,6 @@ class VirtualMachine:
         with contextlib.suppress(TimeoutError):
             self.agent.call("guest-exec", timeout=10, **options)
         self.monitor.wait_event("RESET", guest=True)
-        self.read = self.console.stat().st_size
 
     def power_off(self) -> None:
         """As a host dies: nothing in it gets to do anything."""
