@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -361,7 +360,6 @@ class VirtualMachine:
         self.name = name
         self.mac_in: dict[str, str | None] = {f"port{n}": None for n in range(PORTS)}
         self.console, self.log = directory / f"{name}.console", directory / f"{name}.qemu"
-        self.read = 0  # how much of the console wait_console has consumed
         monitor, qemu_monitor = socket.socketpair()
         agent, qemu_agent = socket.socketpair()
         self.monitor, self.agent = Channel(monitor), Channel(agent)
@@ -434,19 +432,6 @@ class VirtualMachine:
 
         return lasts
 
-    def wait_console(self, pattern: str) -> str:
-        """Wait for a pattern on the serial console, after what an earlier wait has found."""
-        patient = self.patience()
-        while True:
-            text = self.console.read_bytes()[self.read :]
-            if found := re.search(pattern.encode(), text):
-                self.read += found.end()
-                return found[0].decode()
-            if not patient():
-                shown = text[-2000:].decode(errors="replace")
-                raise TimeoutError(f"no {pattern!r} on {self.name}'s console:\n{shown}")
-            time.sleep(0.1)  # a file: qemu's own writes cannot be waited for
-
     def run(self, command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a shell command as root, once the guest has got as far as its agent."""
         patient = self.patience()
@@ -456,7 +441,8 @@ class VirtualMachine:
                 self.agent.call("guest-ping", timeout=2)
                 break
             if not patient():
-                raise TimeoutError(f"{self.name} has no guest agent")
+                shown = self.console.read_text(errors="replace")[-2000:]
+                raise TimeoutError(f"{self.name} has no guest agent; its console:\n{shown}")
         options: dict[str, Any] = {"input-data": base64.b64encode(stdin.encode()).decode()}
         options |= {"path": "/bin/sh", "arg": ["-c", command], "capture-output": True}
         pid = self.agent.call("guest-exec", **options)["pid"]
