@@ -54,13 +54,13 @@ class Watch:
 
     def awaits_peace(self) -> None:
         """Wait until it has found nothing to do: it sleeps for a second, and runs no program."""
-        before = 0
-        while (now := self.sleeps()) == 0 or now != before:
+        before = None
+        while (now := self.times_asleep()) is None or now != before:
             before = now
             time.sleep(1)
 
-    def sleeps(self) -> int:
-        """How often it has gone to sleep. 0 while it is awake: it, or a program that it has
+    def times_asleep(self) -> int | None:
+        """How often it has gone to sleep. None while it is awake: it, or a program that it has
         started, works, or would if this busy machine had time for it."""
         proc = Path(f"/proc/{self.process.pid}")
         status = (proc / "status").read_text()
@@ -68,7 +68,7 @@ class Watch:
         children = (proc / f"task/{self.process.pid}/children").read_text()
         count = re.search(r"^voluntary_ctxt_switches:\t(\d+)", status, re.M)
         assert count
-        return int(count[1]) if asleep and not children else 0
+        return int(count[1]) if asleep and not children else None
 
     def cpu_seconds(self) -> float:
         """Its own, and those of the programs that it has run."""

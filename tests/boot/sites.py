@@ -68,9 +68,10 @@ class Site:
         # the kernel's three tries, one a second, it would be "unreachable" then.
         bridge = lab.vpc.bridge_of(ENI)[0]
         for family in ("ipv4", "ipv6"):
-            path = f"/proc/sys/net/{family}/neigh/{{}}/mcast_solicit"
-            Path(path.format(bridge)).write_text("60")
-            self.neighbour.run("sh", "-c", f"echo 60 >{path.format('eth0')}")
+            neighbours = f"/proc/sys/net/{family}/neigh"
+            Path(neighbours, bridge, "mcast_solicit").write_text("60")
+            script = f"echo 60 >{neighbours}/eth0/mcast_solicit"
+            run(*self.neighbour.command("sh", "-c", script))
 
     def own(self, pair: tuple[str, str]) -> list[str]:
         """Of a pair, the addresses of the families that there are here."""

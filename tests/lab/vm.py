@@ -45,6 +45,11 @@ class Image(NamedTuple):
     release: str
     network: str = "ifupdown"
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.release}-{self.network}"
+
 
 IMAGES = (
     *map(Image, RELEASES),
@@ -139,14 +144,14 @@ def recipe(image: Image) -> list[str]:
 def tree_of(image: Image) -> Path:
     """Where an image's root tree is, or will be. Only a whole one ever has this name."""
     key = hashlib.sha256("\n".join(recipe(image)).encode()).hexdigest()[:12]
-    return CACHE / f"{'-'.join(image)}-{key}"
+    return CACHE / f"{image.name}-{key}"
 
 
 def debian(image: Image) -> Path:
     """The root tree of an image, cached."""
     tree = tree_of(image)
     if not tree.is_dir():
-        with (CACHE / f"{'-'.join(image)}.lock").open("w") as lock:
+        with (CACHE / f"{image.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may make it, too
             if not tree.is_dir():
                 make_tree(image, tree)
@@ -155,17 +160,18 @@ def debian(image: Image) -> Path:
 
 def make_tree(image: Image, tree: Path) -> None:
     """In the place of those that an older recipe has made."""
-    name = "-".join(image)
-    print(f"making the root tree of {name} in {CACHE} (450 MiB, a minute)", file=sys.stderr)
-    for stale in CACHE.glob(f"{name}-*"):
+    print(f"making the root tree of {image.name} in {CACHE} (450 MiB, a minute)", file=sys.stderr)
+    for stale in CACHE.glob(f"{image.name}-*"):
         remove_tree(stale)
-    partial = Path(tempfile.mkdtemp(prefix=f"{name}-partial-", dir=CACHE))
+    partial = Path(tempfile.mkdtemp(prefix=f"{image.name}-partial-", dir=CACHE))
     partial.chmod(0o755)
     try:
         # A mount namespace: what mmdebstrap mounts in the tree cannot outlive it.
         command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--quiet", *recipe(image)]
         if subprocess.run([*command, image.release, str(partial), mirror()]).returncode:
-            raise SystemExit(f"mmdebstrap could not make {name}: is a package mirror in reach?")
+            raise SystemExit(
+                f"mmdebstrap could not make {image.name}: is a package mirror in reach?"
+            )
         partial.rename(tree)
     except BaseException:
         remove_tree(partial)
