@@ -206,29 +206,35 @@ def terminals() -> Iterator[list[Terminal]]:
         os.close(terminal.end)
 
 
+def interrupt(terminal: Terminal, prompt: str) -> None:
+    """Type Ctrl-C, and come to a new prompt.
+
+    The terminal drops what is typed before Ctrl-C has been dealt with, so Enter waits for the echo.
+    bash 5.2 needs that Enter: it shows no new prompt if the signal comes between two reads of keys,
+    and runs an unfinished line later, without its first letter. (Seen in one of 200 tries.)
+    """
+    terminal.type("\x03")
+    terminal.wait_for(r"\^C")
+    terminal.type("\n")
+    terminal.wait_for(prompt)
+
+
 def test_ctrl_c_at_the_prompt_ends_what_runs_there_and_nothing_else(
     terminals: list[Terminal],
 ) -> None:
     terminal = Terminal(str(TOP / "tests/demo"), "--shell")
     terminals.append(terminal)
     prompt = terminal.wait_for(r"i-[0-9a-f]+# ")
-    # What is typed before Ctrl-C has been dealt with is dropped by the terminal.
-    interrupted = rf"\^C[^#]*{prompt}"
-    terminal.type("echo never")
-    terminal.wait_for("echo never")  # bash reads now; before that, it may show no second prompt
-    terminal.type("\x03")
-    terminal.wait_for(interrupted)
+    interrupt(terminal, prompt)
     terminal.type("echo ready; cat\n")
     terminal.wait_for("ready\r\n")
     terminal.type("heard\n")
     terminal.wait_for("heard\r\nheard\r\n")  # the terminal's echo, and what cat says
-    terminal.type("\x03")
-    terminal.wait_for(interrupted)
+    interrupt(terminal, prompt)
     terminal.type("echo code $?\n")
     terminal.wait_for(f"code {128 + signal.SIGINT}")
     terminal.type("exit\n")
     assert terminal.wait() == 0
-    assert "never\r\n" not in terminal.text
     assert "annot set tty" not in terminal.text
 
 
