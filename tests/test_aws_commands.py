@@ -9,6 +9,7 @@ from typing import Any
 
 from lab import Lab, scoped_policy, snippet
 from lab.aws import Instance
+from lab.vpc import OUTER_LIMIT
 
 COMMANDS = snippet("# The network interface and its group")
 DEBIAN = "136693071363"  # wiki.debian.org/Cloud/AmazonEC2Image
@@ -32,7 +33,10 @@ def follow_readme(lab: Lab, subnet: str) -> None:
     desk.write("/root/user-data.yaml", USER_DATA)
     commands, times = re.subn(r"\bsubnet=\S+", f"subnet={subnet}", COMMANDS)
     assert times == 1
-    done = desk.run("sh", "-euc", f"cd /root\n{commands}", environment=lab.aws.add_administrator())
+    administrator = lab.aws.add_administrator()
+    script = f"cd /root\n{commands}"
+    limit = 2.5 * OUTER_LIMIT  # it starts ten programs
+    done = desk.run("sh", "-euc", script, environment=administrator, timeout=limit)
     assert (done.returncode, done.stderr) == (0, "")
 
 

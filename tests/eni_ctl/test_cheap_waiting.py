@@ -33,7 +33,7 @@ def test_a_minute_beside_a_healthy_holder_takes_forty_describes_at_most(
     assert run.code == 1
     describes = sum(calls(lab, action) for action in DESCRIBES)
     record_property("describes in a minute beside a healthy holder", describes)
-    assert 10 <= describes <= 40
+    assert 5 <= describes <= 40
     assert len(lab.aws.calls) == describes
     assert len(run.log) <= 8
 
@@ -59,9 +59,9 @@ def test_refused_detaches_cost_little(
 
 def test_a_hopeless_attach_is_tried_ever_more_seldom(lab: Lab, machine: Machine, eni: str) -> None:
     lab.aws.refuse("AttachNetworkInterface", eni, "IncorrectState", "It is not to be.")
-    run = run_measured(machine, "-a", "-t", "20")
+    run = run_measured(machine, "-a", "-t", "60")
     assert run.code in (1, 4)
-    assert 2 <= calls(lab, "AttachNetworkInterface") <= 6  # after 0, 1, 3, 7, 15 s
+    assert 2 <= calls(lab, "AttachNetworkInterface") <= 7  # after 0, 1, 3, 7, 15, 31 s
 
 
 def test_a_host_without_a_free_slot_asks_ever_more_seldom(lab: Lab, subnet: str, eni: str) -> None:

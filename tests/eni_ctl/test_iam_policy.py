@@ -263,12 +263,12 @@ def test_a_denial_because_the_attachment_has_just_gone_does_no_harm(
     holder = machine if verb == "-d" else hold(lab, subnet, eni, "web")
     if verb == "-d":
         assert machine.eni_ctl("-a").returncode == 0
-    lab.aws.fail(
-        "DetachNetworkInterface",
-        how="hang",
-        seconds=1,
-        do=lambda: lab.aws.detach(lab.aws.lab_eni(eni)),
-    )
+
+    def detach() -> None:
+        lab.aws.detach(lab.aws.lab_eni(eni))
+        await_that(lambda: lab.aws.eni(eni).attachment_id is None)
+
+    lab.aws.fail("DetachNetworkInterface", how="hang", seconds=0.01, do=detach)
     done = machine.eni_ctl(verb)
     assert done.returncode == 0, done.stderr
     detaches = [call for call in lab.aws.calls if call.action == "DetachNetworkInterface"]

@@ -392,6 +392,13 @@ class Aws(Knobs):
         with self._lock:
             self.ec2.create_tags([eni_id], {"Name": name})
 
+    def forget_history(self, eni_id: str) -> None:
+        """Show the ENI as it is now, whatever the lag, until its next change."""
+        with self._lock:
+            lab_eni = self.lab_eni(eni_id)
+            lab_eni.history.clear()
+            lab_eni.append_history()
+
     def refuse(
         self, action: str, resource: str, code: str, message: str, *, times: int = -1
     ) -> Refusal:
@@ -525,8 +532,10 @@ class Aws(Knobs):
             self._due.notify()
 
     def _keep_time(self) -> None:
-        while not self._stopped.is_set():
+        while True:
             with self._due:
+                if self._stopped.is_set():
+                    return
                 wait = self._agenda[0][0] - time.monotonic() if self._agenda else None
                 if wait is None or wait > 0:
                     self._due.wait(wait)
