@@ -130,8 +130,9 @@ def test_a_new_gateway_replaces_the_old_one(kernel: Kernel) -> None:
 def test_every_address_that_can_be_a_source_gets_a_rule(kernel: Kernel) -> None:
     kernel.sh("ip addr add 169.254.9.9/16 dev eth1 scope link")
     kernel.sh("ip -6 addr add 2001:db8:1::dead/64 dev eth1 preferred_lft 0")
-    kernel.sh("echo 1 > /proc/sys/net/ipv6/conf/eth1/accept_dad; ip link add x type veth peer y")
-    kernel.sh("ip link set eth1p down; ip -6 addr add 2001:db8:1::7e/64 dev eth1")
+    conf = "/proc/sys/net/ipv6/conf/eth1"
+    kernel.sh(f"echo 1 > {conf}/accept_dad; echo 1000 > {conf}/dad_transmits")  # one a second
+    kernel.sh("ip -6 addr add 2001:db8:1::7e/64 dev eth1")
     assert kernel.json("-6 addr show dev eth1 tentative")[0]["addr_info"]
     kernel.serve("-d eth1")
     sources = {rule.split()[2] for rule in kernel.rules() if rule.startswith("20030:")}

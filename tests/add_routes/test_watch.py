@@ -218,9 +218,7 @@ def test_a_storm_of_routes_costs_little_and_an_address_that_comes_meanwhile_is_s
     watch.awaits_peace()
     lines = "".join(kernel.sh(STORM.format(verb=verb)) for verb in ("add", "del"))
     kernel.sh(f"cat > /run/storm <<EOF\n{lines}EOF\n")
-    loop = (
-        "n=0; while ip -batch /run/storm; do n=$((n + 1)); echo $n > /run/rounds; sleep 0.18; done"
-    )
+    loop = "while ip -batch /run/storm; do echo >> /run/rounds; sleep 0.18; done"
     storm = subprocess.Popen(kernel.command("sh", "-c", loop))
     try:
         before, began = watch.cpu_seconds(), time.monotonic()
@@ -232,7 +230,7 @@ def test_a_storm_of_routes_costs_little_and_an_address_that_comes_meanwhile_is_s
         time.sleep(max(0.0, began + 20 - time.monotonic()))
         seconds = time.monotonic() - began
         cpu = watch.cpu_seconds() - before
-        changes = 200 * int(kernel.sh("cat /run/rounds")) / seconds
+        changes = 200 * int(kernel.sh("wc -l < /run/rounds")) / seconds
     finally:
         storm.kill()
         storm.wait()
@@ -350,10 +348,10 @@ def test_a_broken_ip_does_not_end_it(kernel: Kernel, start: Start) -> None:
     watch.awaits(lambda: kernel.device_to("198.51.100.1", "10.0.1.23") == "eth1")
 
 
-@pytest.mark.parametrize("end", ["2>&-", "2>&1 | true"])
+@pytest.mark.parametrize("end", ["2>&- >/dev/null", "2>&1 >/dev/null | true"])
 def test_nobody_needs_to_read_what_it_says(kernel: Kernel, end: str) -> None:
     starter = "sh -c 'echo $$ >/run/watch.pid; exec \"$@\"' sh"
-    line = f"{starter} {SCRIPT} --watch -d 'eth*' >/dev/null {end}"
+    line = f"{starter} {SCRIPT} --watch -d 'eth*' {end}"
     shell = subprocess.Popen(kernel.command("sh", "-c", line))
     await_that(lambda: kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1")
     kernel.sh("ip addr add 10.0.1.23/24 dev eth1")

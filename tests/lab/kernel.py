@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lab import await_that
 from lab.vpc import OUTER_LIMIT
 
 SCRIPT = str(Path(__file__).parents[2] / "add_routes.py")
@@ -73,13 +76,25 @@ class Kernel:
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     def add_device(self, device: str, *addresses: str) -> None:
-        """A veth whose other end is up too; no duplicate address detection, to save its second."""
+        """A veth whose other end is up too; no duplicate address detection, to save its second.
+
+        The kernel needs a moment all the same until IPv6 addresses have their routes.
+        """
         self.sh(f"ip link add {device} type veth peer name {device}p")
         conf = "/proc/sys/net/ipv6/conf"
         self.sh(f"echo 0 > {conf}/{device}/accept_dad; echo 1 > {conf}/{device}p/disable_ipv6")
         self.sh(f"ip link set {device}p up; ip link set {device} up")
         for address in addresses:
             self.sh(f"ip address add {address} dev {device}")
+        own = [ipaddress.ip_interface(address).ip for address in addresses]
+        await_that(lambda: self.has_ipv6_routes(device, [ip for ip in own if ip.version == 6]))
+
+    def has_ipv6_routes(self, device: str, addresses: Iterable[ipaddress.IPv6Address]) -> bool:
+        if self.sh(f"ip -6 address show dev {device} tentative"):
+            return False
+        routes = self.sh(f"ip -6 route show table local dev {device}")
+        expected = ["multicast ff00::/8 ", "local fe80::", *(f"local {ip} " for ip in addresses)]
+        return all(route in routes for route in expected)
 
     def state(self) -> list[str]:
         """Rules and routes, as `ip` lists them, and each device's interface group.

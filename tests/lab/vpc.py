@@ -37,6 +37,9 @@ PROBE = Path(__file__).with_name("probe.py")
 # Seconds for what ends by itself, however busy this machine is: more than the 300 that eni_ctl.py
 # gives itself. What a test is about has bounds of its own.
 OUTER_LIMIT = 400.0
+# How long DHCP's leases hold: longer than any test. A dnsmasq that was started again (see unplug)
+# refuses to renew those of the one before, and the client then gives its address up for a while.
+LEASE = "12h"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SOURCE_CHECK = """
@@ -109,7 +112,10 @@ class Host:
         assert self.init.stdout
         if self.init.stdout.readline() != "up\n":
             raise RuntimeError(f"the namespaces of host {name} could not be made")
-        self.network = os.readlink(f"/proc/{self.init.pid}/ns/net")
+        network = f"/proc/{self.init.pid}/ns/net"
+        self.network = os.readlink(network)
+        # As long as it is open, no other host's gets the number that this one is known by.
+        self.network_file = os.open(network, os.O_RDONLY)
         # What is written to the host must not go elsewhere, by whatever mistake in its mounts.
         if run(*self.command("cat", "/run/this-host")) != name:
             raise RuntimeError(f"host {name} has no files of its own")
@@ -192,6 +198,7 @@ class Host:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.01)  # until the kernel has ended them
+        os.close(self.network_file)
         self.init.communicate()
 
 
@@ -306,7 +313,7 @@ class Vpc:
         v4 = [address for address in addresses if ":" not in address][:1]
         v6 = [f"[{address}]" for address in addresses if ":" in address][:1]
         with self.lock:
-            self.leases[mac] = ",".join([mac, *v4, *v6, "1h"])
+            self.leases[mac] = ",".join([mac, *v4, *v6, LEASE])
             if self.dnsmasq:
                 LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
                 self.dnsmasq.send_signal(signal.SIGHUP)
@@ -315,9 +322,9 @@ class Vpc:
         """DHCPv4, router advertisements and DHCPv6 on all subnets that there are by now; and, where
         the API has names, the resolver, which knows no others."""
         self.names = names
-        ranges = [f"--dhcp-range={n[0]},static,{n.netmask},1h" for n in self.bridges]
+        ranges = [f"--dhcp-range={n[0]},static,{n.netmask},{LEASE}" for n in self.bridges]
         for network6 in self.prefixes6.values():
-            ranges.append(f"--dhcp-range={network6[0]},static,{network6.prefixlen},1h")
+            ranges.append(f"--dhcp-range={network6[0]},static,{network6.prefixlen},{LEASE}")
         LEASES.write_text("".join(f"{line}\n" for line in self.leases.values()))
         files = ["--conf-file=/dev/null", f"--dhcp-hostsfile={LEASES}", "--leasefile-ro"]
         files.append(f"--pid-file={WORK}/dnsmasq.pid")

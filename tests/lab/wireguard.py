@@ -24,7 +24,9 @@ class Tunnel:
         self.public_key = done.stdout.strip()
 
     def is_there(self) -> bool:
-        return self.host.exists("/run/wireguard/wg0.sock")
+        """Whether wireguard-go listens: an earlier one that was killed leaves its socket behind."""
+        listening = " 00010000 .*/run/wireguard/wg0.sock$"  # a flag of <linux/net.h>
+        return self.host.run("grep", "-q", listening, "/proc/net/unix").returncode == 0
 
     def connect(self, peer: Tunnel, allowed: str, endpoint: str = "") -> None:
         """What is allowed is routed into the tunnel, as wg-quick does."""

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,11 +198,14 @@ class World:
         self.vpc.own(self.mac_of[peer.name], address)
 
     def forget_neighbours(self) -> None:
-        """Nobody remembers whose MAC address belongs to an address of the last host."""
+        """Nobody remembers whose MAC address belongs to an address of the last host.
+
+        `ip` fails if the kernel forgets one meanwhile, as it does when a bridge loses its carrier.
+        """
         for words in ("neigh flush all", "neigh flush nud permanent"):
-            run("ip", *words.split())
-            for peer in self.all:
-                peer.ip(*words.split())
+            flush = ["ip", *words.split()]
+            for command in (flush, *(peer.command(*flush) for peer in self.all)):
+                await_that(partial(succeeds, command))
 
     def route_in_vpc(self, destination: str, address: str, source: str = "") -> None:
         """An entry of the route table of the source's subnet, or of all: the destination is behind
@@ -286,6 +290,10 @@ def usual_metric(device: str, address: str) -> int:
     return (2000 if ":" in address else 100) * number
 
 
+def succeeds(command: Sequence[str]) -> bool:
+    return subprocess.run(command, timeout=OUTER_LIMIT).returncode == 0
+
+
 def device_mac(device: str) -> str:
     """The MAC address of a device of the subject: the same in each test, by its number."""
     return f"06:00:00:00:01:{int(re.sub('[^0-9]', '', device)):02x}"
@@ -294,7 +302,8 @@ def device_mac(device: str) -> str:
 def default_route(vpc: Vpc, device: str, address: str, metric: int = 0) -> str:
     suffix = f" metric {metric}" if metric else ""
     if ":" in address:
-        return f"-6 route add default via {V6_ROUTER} dev {device}{suffix}"
+        # A router advertisement may have brought eth0's before.
+        return f"-6 route replace default via {V6_ROUTER} dev {device}{suffix}"
     return f"route add default via {vpc.router_of(address)} dev {device}{suffix}"
 
 
@@ -477,6 +486,11 @@ class Subject(Peer):
                 env=self.environment,
             )
 
+    def is_served(self) -> bool:
+        """Whether --watch, started now, would change nothing."""
+        done = self.run("add_routes.py", "--watch", "-d", "eth*", "--dry-run")
+        return done.stdout == "nothing to change\n"
+
     def end_watch(self, number: int = signal.SIGTERM) -> int:
         assert self.watch
         self.watch.send_signal(number)
@@ -585,10 +599,16 @@ RecordProperty = Callable[[str, object], None]
 
 @contextlib.contextmanager
 def pinging(pinger: Host, address: str) -> Iterator[dict[str, int]]:
-    """Five packets a second, until the block ends: how many were sent and lost."""
+    """Five packets a second, until the block ends: how many were sent and lost.
+
+    The block begins with the first answer.
+    """
     ping = pinger.popen("ping", "-n", "-i", "0.2", "-W", "1", address)
     count: dict[str, int] = {}
     try:
+        assert ping.stdout
+        # Before that, ping may not even be ready for the signal that ends it.
+        assert any("bytes from" in line for line in ping.stdout)
         yield count
     finally:
         ping.send_signal(signal.SIGINT)

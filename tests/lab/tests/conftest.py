@@ -27,7 +27,9 @@ def addresses() -> Iterator[None]:
         if f" {address}/" not in present
     ]
     for address in ours:
-        subprocess.run(["ip", "addr", "add", address, "dev", "lo"], check=True)
+        # With duplicate address detection, an address cannot be bound yet for some milliseconds.
+        at_once = ["nodad"] if ":" in address else []
+        subprocess.run(["ip", "addr", "add", address, "dev", "lo", *at_once], check=True)
     yield
     for address in ours:
         subprocess.run(["ip", "addr", "del", address, "dev", "lo"], check=True)
