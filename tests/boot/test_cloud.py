@@ -19,7 +19,7 @@ from lab.boot import INSTALL, SOURCE, Booted, Mirror, make_disk, stock_disk
 from lab.vm import POOL, Image, debian
 from sites import CLIENT, ENABLE_NAT, ENI, NAT_FILES, PRIMARY, SECOND, SPARE, Site
 
-pytestmark = pytest.mark.timeout(4000)  # each wait has its own end, see PROCESSOR_TIME
+pytestmark = pytest.mark.timeout(0)  # none, each wait has its own: see PROCESSOR_TIME
 USER_DATA = snippet("#cloud-config")
 FOR_THE_MIRROR = snippet("# The files for the web server, and their checksum")
 AT_ONCE = snippet("# At once")

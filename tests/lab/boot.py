@@ -35,6 +35,13 @@ ENABLE_NETWORKD = """
 systemctl enable systemd-networkd systemd-resolved
 ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 """
+# ifupdown waits two minutes for udev to name the devices, and then begins without them. A guest
+# that a busy machine starves needs longer.
+IFUPDOWN = {
+    "/etc/systemd/system/ifupdown-pre.service.d/patient.conf": (
+        "[Service]\nExecStart=\nExecStart=/bin/udevadm settle --timeout=3600\nTimeoutSec=infinity\n"
+    ),
+}
 # Debian 11's image has cloud-init leave the network alone, and a helper of udev's that writes a
 # stanza for each device which ifupdown does not know. By DHCPv6, the helper's stanza gets an
 # address where there is one (debian-cloud-images, config_space of bullseye's time).
@@ -95,9 +102,9 @@ echo 'timeout 30;' >>/etc/dhcp/dhclient.conf
 """
 # By network set-up: what such an image has, as texts by their path, and what is to be run in it.
 SET_UP: dict[str, tuple[Mapping[str, str], str]] = {
-    "ifupdown": ({}, ""),
+    "ifupdown": (IFUPDOWN, ""),
     "netplan": (CLOUD_IMAGE, ENABLE_NETWORKD),
-    "cloud-ifupdown": ({**CLOUD_IMAGE, **CLOUD_IFUPDOWN}, MAKE_EXECUTABLE),
+    "cloud-ifupdown": ({**CLOUD_IMAGE, **IFUPDOWN, **CLOUD_IFUPDOWN}, MAKE_EXECUTABLE),
     "networkmanager": ({}, ""),
 }
 SOURCES = "/etc/apt/sources.list"
