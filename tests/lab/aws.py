@@ -44,7 +44,7 @@ from lab.ec2 import DENIED, MESSAGES, LabEni, error_answer, perform, refuse
 from lab.imds import ACCOUNT, INSTANCE_TYPE, ROLE, SLOTS, imds_error, metadata
 from lab.judge import Judge, Verdict
 from lab.knobs import Change, Denial, Knobs, Refusal
-from lab.wire import Answer, Fault, Handler, Listener, authority, server_context
+from lab.wire import Answer, Fault, Handler, Listener, authority, come_first, server_context
 
 T = TypeVar("T")
 SEED_ACTIONS = (
@@ -532,6 +532,7 @@ class Aws(Knobs):
             self._due.notify()
 
     def _keep_time(self) -> None:
+        come_first()
         while True:
             with self._due:
                 if self._stopped.is_set():
