@@ -159,9 +159,11 @@ def test_a_peer_that_takes_the_interface_meanwhile_is_named(
         lab.aws.never_plug.add(eni)
     running = machine.start_eni_ctl("-a")
     await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    lab.aws.lab_eni(eni).status = "pending"  # so that nobody else attaches it meanwhile
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
     await_that(lambda: holder(lab, eni) is None)
     lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
+    lab.aws.lab_eni(eni).status = ""
     wait_for_line(running, f"{eni} .*{peer.instance.id}")
     lab.aws.never_plug.clear()
     machine.configures = True
