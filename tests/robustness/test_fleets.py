@@ -39,8 +39,8 @@ from eni_ctl import (
 
 ZONES = "abc"
 MINUTES = 60.0
-# The largest fleet takes four minutes, and several times as long on a busy machine: the simulated
-# EC2 is one process. No run may come to its deadline before.
+# The largest fleet takes one to four minutes, and several times as long on a busy machine: the
+# simulated EC2 is one process. No run may come to its deadline before.
 PATIENCE = 40 * MINUTES
 
 
