@@ -102,8 +102,7 @@ def test_nothing_of_others_changes_when_the_device_goes(make_host: MakeHost, pla
     host.run_ip("route add 192.0.2.0/24 dev lo table 100")
     host.run_ip("route add 192.0.2.0/24 dev lo table 101")
     host.up("eth0", *ETH0)
-    link_local = "route show table local dev eth0"
-    host.awaits(lambda: "local fe80::" in host.ip("-6", *link_local.split()))
+    host.awaits_output("local fe80::", "ip -6 route show table local dev eth0")
     host.awaits(lambda: host.ip("-6", "addr", "show", "tentative") == "")
     before = host.foreign()
     host.up("eth1", *place)

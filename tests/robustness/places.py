@@ -197,10 +197,12 @@ def wrong_end(
     took and limit: in seconds, for a run that has a deadline to keep.
     """
     lines = done.stderr.splitlines()
-    # On its way it may say that it waits, and what EC2 refuses for one ENI. If it needs more than a
-    # second to end after its deadline, the thread that ends it then says once more what it gave up.
-    usual = r"eni_ctl\.py: (waiting, |eni-|.*; gave up after )"
-    others = [line for line in lines[:-1] if not re.match(usual, line)]
+    # If it needs more than a second to end after its deadline, the thread that ends it then says
+    # once more what it gave up.
+    end = 2 if all("; gave up after " in line for line in lines[-2:]) else 1
+    # On its way it may say that it waits, and what EC2 refuses for one ENI.
+    usual = r"eni_ctl\.py: (waiting, |eni-)"
+    others = [line for line in lines[:-end] if not re.match(usual, line)]
     complaints = {
         f"exit code {done.returncode}, expected {code}": done.returncode != code,
         "no line on stderr": not lines,
