@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +28,7 @@ settings.load_profile("steady")
 # Where there is no lab: "none: " and why, set by tests/run.
 NO_LAB = os.environ.get("ENI_LAB", "").partition("none: ")[2]
 could_not_run: list[str] = []
+TURN = pytest.StashKey[int]()  # of a test with virtual machines: which of the turns it takes
 
 # The routing cases' columns. Another script, named by ADD_ROUTES, is judged with hooks alone, and
 # has a column of the name that ADD_ROUTES_COLUMN says.
@@ -51,17 +54,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a lab only what needs none.
-
-    The longest first, each followed by a short one, because workers of pytest-xdist begin with two.
-    """
+    """Without a lab only what needs none. The longest are spread among the others."""
     if NO_LAB:
         could_not_run.extend(i.nodeid for i in items if not i.get_closest_marker("pure"))
         items[:] = [item for item in items if item.get_closest_marker("pure")]
-    longest = [item for item in items if "release" in getattr(item, "fixturenames", ())]
+    longest = [item for item in items if item.get_closest_marker("virtual_machine")]
     others = [item for item in items if item not in longest]
-    for number, item in enumerate(longest):
-        others.insert(2 * number, item)
+    # Workers of pytest-xdist begin with two tests each.
+    places_of_longest = [0, 2, *(n * len(others) // len(longest) for n in range(1, len(longest)))]
+    for number, item in reversed(list(enumerate(longest))):
+        item.stash[TURN] = number % (os.cpu_count() or 1)
+        others.insert(places_of_longest[number], item)
     items[:] = others
 
 
@@ -114,6 +117,19 @@ def pure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(socket.socket, "__init__", forbid)
         monkeypatch.setattr(subprocess.Popen, "__init__", forbid)
+
+
+@pytest.fixture(autouse=True)
+def turn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As many stories of virtual machines at a time as there are processors. The more there are,
+    the less of one each guest gets, and a guest with too little of it fails in ways of its own."""
+    if TURN not in request.node.stash:
+        yield
+        return
+    path = Path(tempfile.gettempdir(), f"turn-{request.node.stash[TURN]}")
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
