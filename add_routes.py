@@ -158,6 +158,13 @@ class Wish(NamedTuple):  # not a dataclass: importing those costs 9 ms, a fifth 
     gateway: IPAddress | None = None
     network: Network | None = None
     table: str = ""
+    # ifupdown calls a hook for each stanza of a device: IPv4, IPv6, an alias. So what the hook of
+    # one has asked for, the next one's does not end; a hook with -r does.
+    is_hook: bool = False
+
+    def ends_what_was_asked(self, name: str) -> bool:
+        """Whether --default, -g and -n of earlier runs for the device count no more."""
+        return name == self.device and not self.is_hook
 
 
 class Address(NamedTuple):
@@ -224,6 +231,9 @@ class Route(NamedTuple):
     def command(self, verb: str) -> str:
         # `ip` prints this lock, and does not read it.
         words = " ".join(self.words).replace("rto_min lock", "rto_min")
+        # What it prints without a scope is global; what it reads so is of scope link.
+        if self.family == 4 and not {"via", "nexthop", "scope"}.intersection(self.words):
+            words += " scope global"
         # It reads nothing but next hops behind the first one.
         before, nexthop, hops = words.partition("nexthop")
         ours = f"table {self.table} protocol {self.protocol}"
@@ -309,7 +319,7 @@ def serve(wish: Wish, verbose: bool, keep_going: bool = False) -> Result:
                     break
             if not keep_going:
                 check_needed(plan.steps, refused)
-        except Failure:
+        except (Failure, OSError, KeyboardInterrupt):
             if not keep_going:
                 take_back(done, verbose)
             raise
@@ -388,7 +398,7 @@ def make_plan(host: Host, wish: Wish) -> Plan:
     routes: list[Route] = []
     rules: list[Rule] = []
     for family in host.families:
-        present = [name for name in served if host.devices[name].addresses_of(family)]
+        present = [name for name in served if is_served_in(host, wish, family, name)]
         if default or set(present) - {main_device(host, family)}:
             for name in present:
                 routes += plan_table(host, wish, family, name, present, tables[name])
@@ -440,10 +450,19 @@ def devices_to_serve(host: Host, wish: Wish) -> tuple[list[str], list[str]]:
         elif is_asked_for(host, wish, name) and device.addresses and device.is_up:
             try:
                 check_device(host, wish, name)
-                served.append(name)
             except Failure as error:
                 complaints.append(str(error))
+            if any(is_served_in(host, wish, family, name) for family in host.families):
+                served.append(name)
     return served, complaints
+
+
+def is_served_in(host: Host, wish: Wish, family: int, name: str) -> bool:
+    """One family of a device can be served where the other cannot."""
+    with contextlib.suppress(Failure):
+        check_device(host, wish, name, (family,))
+        return bool(host.devices[name].addresses_of(family))
+    return False
 
 
 def is_asked_for(host: Host, wish: Wish, name: str) -> bool:
@@ -460,8 +479,10 @@ def is_asked_for(host: Host, wish: Wish, name: str) -> bool:
     return matches or name in devices_of_default_routes(host)
 
 
-def check_device(host: Host, wish: Wish, name: str) -> None:
-    """Raises Failure where the device cannot be served."""
+def check_device(
+    host: Host, wish: Wish, name: str, families: tuple[int, ...] | None = None
+) -> None:
+    """Raises Failure where the device cannot be served, in these families or in all."""
     device = host.devices[name]
     check_name(name, "device", LONGEST_DEVICE)
     if device.group not in (0, GROUP):
@@ -470,7 +491,11 @@ def check_device(host: Host, wish: Wish, name: str) -> None:
         raise Failure(f"{name} has no address; expected a global one, IPv4 or IPv6")
     if not device.is_up:
         raise Failure(f"{name} is down; expected it up")
-    for family in host.families:
+    for asked in (wish.gateway, wish.network):
+        is_concerned = name == wish.device and not wish.is_hook  # the hook of the other family
+        if asked and is_concerned and not device.addresses_of(asked.version):
+            raise Failure(f"{name} has no IPv{asked.version} address; {asked} needs one")
+    for family in families or host.families:
         if device.addresses_of(family):
             default_route(host, wish, family, name, MAIN)
 
@@ -519,8 +544,7 @@ def default_device(host: Host, wish: Wish, tables: dict[str, int]) -> str:
     for rule in host.rules:
         if rule.protocol == PROTOCOL and rule.priority == DEFAULT:
             for name, table in tables.items():
-                # A run for the same device without --default ends it.
-                if table == rule.table and name != wish.device:
+                if table == rule.table and not wish.ends_what_was_asked(name):
                     return name
     return ""
 
@@ -669,9 +693,10 @@ def link_networks(host: Host, family: int, name: str) -> list[Network]:
 
 
 def given_routes(host: Host, wish: Wish, family: int, name: str, table: int) -> list[Route]:
-    """What -n and -g ask for; for another device than the run's, what they once asked for."""
-    if name == wish.device:
-        return asked_routes(host, wish, family, table)
+    """What -n and -g ask for, else what they have asked for earlier."""
+    asked = asked_routes(host, wish, family, table) if name == wish.device else []
+    if asked or wish.ends_what_was_asked(name):
+        return asked
     kept = []
     for route in host.routes:
         if route.family == family and route.protocol == GIVEN and name in route.devices:
@@ -884,10 +909,19 @@ def step_to(route: Route, old: Route | None, wish: Wish) -> list[Step]:
     is_needed = is_default and wish.device in route.devices
     if old is None:
         return [Step(route.family, route.command("add"), route.command("del"), is_needed)]
-    if old != route:
+    if not is_same(old, route):
         do, undo = route.command("replace"), old.command("replace")
         return [Step(route.family, do, undo, is_needed)]
     return []
+
+
+def is_same(one: Route, other: Route) -> bool:
+    """The words of a single hop may stand in another order: `via … onlink metric 50`."""
+    if "nexthop" in one.words + other.words:
+        return one == other
+    return one._replace(words=()) == other._replace(words=()) and sorted(one.words) == sorted(
+        other.words
+    )
 
 
 # --- acting ---
@@ -927,7 +961,7 @@ def one_by_one(flags: str, lines: list[str], verbose: bool) -> dict[int, str]:
 def take_back(done: list[Step], verbose: bool) -> None:
     for family, group in itertools.groupby(reversed(done), key=lambda step: step.family):
         # What this cannot take back, the next run will.
-        with contextlib.suppress(Failure):
+        with contextlib.suppress(Failure, OSError):
             ip(f"-{family} -force", [step.undo for step in group], verbose)
 
 
@@ -937,15 +971,8 @@ def ip(flags: str, lines: list[str], verbose: bool = False) -> tuple[str, dict[i
     shown = f"ip {flags}".replace(" -force", "")
     if verbose:
         for line in lines:
-            print(f"{shown} {line}", file=sys.stderr)
-    command = ["ip", *flags.split(), "-batch", "-"]
-    text = "".join(f"{line}\n" for line in lines)
-    try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=IP_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise Failure(f"{' '.join(command)}: no end after {IP_SECONDS} s") from None
+            write_line(f"{shown} {line}")
+    done = run_batch(flags, lines)
     errors = {}
     for words, number in re.findall(r"(.*?)Command failed -:(\d+)", done.stderr, re.DOTALL):
         line = lines[int(number) - 1]
@@ -954,8 +981,31 @@ def ip(flags: str, lines: list[str], verbose: bool = False) -> tuple[str, dict[i
     if done.returncode == MISREAD:
         raise Misread(words)
     if done.returncode and not errors:
-        raise Failure(f"{' '.join(command)}: {words}")
+        raise Failure(f"{' '.join(done.args)}: {words}")
     return done.stdout, errors
+
+
+def run_batch(flags: str, lines: list[str]) -> subprocess.CompletedProcess[str]:
+    """Raises Failure, OSError."""
+    command = ["ip", *flags.split(), "-batch", "-"]
+    text = "".join(f"{line}\n" for line in lines)
+    for _ in range(LOOKS):
+        try:
+            done = subprocess.run(
+                command,
+                input=text,
+                capture_output=True,
+                encoding="utf-8",
+                errors="surrogateescape",  # a device's name may be any bytes
+                timeout=IP_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{' '.join(command)}: no end after {IP_SECONDS} s") from None
+        # It says that of a list which has changed meanwhile, and goes on. Something may be missing.
+        if "Dump was interrupted" not in done.stderr:
+            break
+    return done
 
 
 # --- what the kernel and the rt_tables files say ---
@@ -1001,8 +1051,9 @@ def read_devices(items: Any) -> dict[str, Device]:
             devices[name] = Device(
                 group=int(group) if group.isdecimal() else -1,
                 is_up="UP" in item["flags"],
-                # With -N, iproute2 6.1 says [1], which is ARPHRD_ETHER.
-                is_ethernet=item["link_type"] in ("ether", "[1]"),
+                # With -N, iproute2 6.1 says [1], which is ARPHRD_ETHER. A VPN's tap is one, too.
+                is_ethernet=item["link_type"] in ("ether", "[1]")
+                and not os.path.exists(f"/sys/class/net/{name}/tun_flags"),
                 is_hardware=os.path.exists(f"/sys/class/net/{name}/device"),
                 addresses=tuple(read_addresses(item.get("addr_info", []))),
             )
@@ -1018,7 +1069,9 @@ def read_addresses(items: list[Any]) -> Iterator[Address]:
             local = checked_text(item["local"])
             text = local if length is None else f"{local}/{length}"
             network = ipaddress.ip_interface(text).network
-            if item["scope"] in ("0", "global") and "dadfailed" not in item:
+            # An address of scope link or site can be on purpose: it is nobody's first choice then.
+            is_global = not (network.is_link_local or network.is_loopback)
+            if is_global and item["scope"] not in ("254", "host") and "dadfailed" not in item:
                 label = item.get("label", "")
                 flags = "dynamic" in item, "tentative" in item
                 yield Address(local, network, label, *flags)
@@ -1110,11 +1163,11 @@ def write_names(host: Host, wish: Wish, tables: dict[str, int]) -> list[str]:
     """Give the tables names, where both are free. A failure only costs the names."""
     for device, table in tables.items():
         path = f"{NAME_DIRECTORY}/{device}.conf"
-        name = device
-        if device == wish.device and wish.table and not wish.table.isdecimal():
-            name = wish.table
-        is_ours = os.path.exists(path)
-        if table in host.names.values() or (name in host.names and not is_ours):
+        asked = wish.table if device == wish.device and not wish.table.isdecimal() else ""
+        name = asked or device
+        if host.names.get(name) == table or not may_write_name(host, path, device, name):
+            continue
+        if table in host.names.values() and not asked:
             continue
         try:
             write_file(path, f"{table} {name}\n")
@@ -1123,9 +1176,21 @@ def write_names(host: Host, wish: Wish, tables: dict[str, int]) -> list[str]:
     return []
 
 
+def may_write_name(host: Host, path: str, device: str, name: str) -> bool:
+    """Whether the name is free, and the file is an earlier run's, or is not there."""
+    if not os.path.exists(path):
+        return name not in host.names
+    words = " ".join(read_lines(path)).split()
+    is_ours = len(words) == 2 and words[1] in (device, name) and words[0].isdecimal()
+    return is_ours and int(words[0]) not in filled_tables(host)
+
+
 def write_file(path: str, text: str) -> None:
-    """The whole text or nothing, readable for everybody."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    """The whole text or nothing, readable for everybody, whatever the umask."""
+    for directory in (os.path.dirname(NAME_DIRECTORY), NAME_DIRECTORY):
+        if not os.path.isdir(directory):
+            os.mkdir(directory)
+            os.chmod(directory, 0o755)
     with open(f"{path}.new", "w", encoding="ascii") as file:
         os.fchmod(file.fileno(), 0o644)
         file.write(text)
@@ -1140,7 +1205,7 @@ def write_file(path: str, text: str) -> None:
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
     """One run at a time; raises Failure, OSError."""
-    with open(LOCK, "a", encoding="ascii") as file:
+    with open(LOCK, "a", encoding="ascii", opener=for_root_alone) as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while not try_lock(file.fileno()):
             if time.monotonic() > deadline:
@@ -1152,10 +1217,15 @@ def locked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watch_lock() -> Iterator[None]:
-    with open(WATCH_LOCK, "a", encoding="ascii") as file:
+    with open(WATCH_LOCK, "a", encoding="ascii", opener=for_root_alone) as file:
         if not try_lock(file.fileno()):
             raise Failure(f"another --watch is running; it holds {WATCH_LOCK}")
         yield
+
+
+def for_root_alone(path: str, flags: int) -> int:
+    """Whoever can open a lock can hold it."""
+    return os.open(path, flags, 0o600)
 
 
 def try_lock(file: int) -> bool:
@@ -1313,6 +1383,7 @@ def read_wish(options: argparse.Namespace) -> Wish:
         gateway=options.gateway,
         network=options.network,
         table=options.table,
+        is_hook=os.environ.get("IFACE", "").partition(":")[0] == name,
     )
 
 
@@ -1323,9 +1394,14 @@ def check_name(name: str, what: str, longest: int) -> None:
 
 
 def say(text: str) -> None:
-    # Nobody needs to read it: a closed stderr must not end --watch.
-    with contextlib.suppress(OSError):
-        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+    write_line(f"{PROGRAM}: {text}")
+
+
+def write_line(text: str) -> None:
+    # Nobody needs to read it: a closed stderr must not end --watch, nor a run half-way.
+    if sys.stderr:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def error_text(error: Failure | OSError) -> str:
@@ -1350,6 +1426,9 @@ def main(argv: list[str] | None = None) -> int:
     except (Failure, OSError) as error:
         say(error_text(error))
         return 1
+    except KeyboardInterrupt:
+        say("interrupted, and what it had done is taken back")
+        return 130
     return 0
 
 

@@ -119,6 +119,8 @@ def change_routes(routes: list[Route], family: int, verb: str, words: list[str])
     at = text.index("table")
     _, table, _, protocol = text[at : at + 4]
     del text[at : at + 4]
+    if "global" in text:  # `ip` does not print that scope
+        text = text[: text.index("scope")] + text[text.index("global") + 1 :]
     assert int(protocol) in OURS
     assert text[at : at + 1] in ([], ["nexthop"])
     route = Route(family, int(table), destination, tuple(text), int(protocol))

@@ -238,6 +238,73 @@ def test_a_table_can_be_given_by_name_or_number(bare: Kernel) -> None:
     assert bare.table(300)
 
 
+def test_a_table_that_has_a_name_can_be_given_another(bare: Kernel) -> None:
+    bare.add_device("ens5", "10.0.5.9/24")
+    bare.serve("-d ens5", "-d ens5 -t web")
+    assert "dev ens5" in bare.sh("ip route show table web")
+
+
+@pytest.mark.parametrize(
+    "theirs", ["200 isp2\n201 mgmt\n", "200 ens6\n", "# ours\n1001 ens6\n", "1001 mgmt\n"]
+)
+def test_a_file_of_somebody_elses_that_is_named_after_the_device_stays(
+    bare: Kernel, theirs: str
+) -> None:
+    bare.add_device("ens5", "10.0.5.9/24")
+    bare.add_device("ens6", "10.0.6.9/24")
+    bare.sh("mkdir /etc/iproute2/rt_tables.d; ip route add default dev ens5 table 200")
+    path = "/etc/iproute2/rt_tables.d/ens6.conf"
+    bare.sh(f"printf '{theirs}' >{path}")
+    for _ in range(2):
+        for device in ("ens5", "ens6"):
+            assert bare.add_routes(f"-d {device}").returncode == 0
+    assert bare.sh(f"cat {path}") == theirs
+
+
+def test_everybody_can_read_the_names_of_the_tables_and_nobody_hold_the_lock(bare: Kernel) -> None:
+    bare.add_device("ens5", "10.0.5.9/24")
+    for umask in ("077", "022"):
+        bare.sh(f"umask {umask}; rm -rf /etc/iproute2/rt_tables.d; {SCRIPT} -d ens5")
+        files = "/etc/iproute2/rt_tables.d /etc/iproute2/rt_tables.d/ens5.conf /run/add_routes.lock"
+        assert bare.sh(f"stat -c %a {files}").split() == ["755", "644", "600"]
+
+
+def test_an_address_that_is_never_the_first_choice_has_a_rule_too(kernel: Kernel) -> None:
+    """So keepalived can make them: scope link."""
+    kernel.sh("ip addr add 10.0.1.40/32 dev eth1 scope link")
+    kernel.sh("ip addr add 10.0.1.41/32 dev eth1 scope site")
+    kernel.serve("-d eth1")
+    for source in ("10.0.1.40", "10.0.1.41"):
+        assert kernel.device_to("198.51.100.1", source) == "eth1"
+    assert not [rule for rule in kernel.rules() if "fe80::" in rule]
+
+
+def test_a_device_whose_name_is_no_text_spoils_nothing(kernel: Kernel) -> None:
+    kernel.sh("""ip link add "$(printf 'caf\\351')" type bridge""")
+    kernel.serve("-d eth1")
+    assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
+
+
+def test_a_vpns_tap_is_not_taken_for_an_eni(kernel: Kernel) -> None:
+    """An Ethernet device, too; and OpenVPN's redirect-gateway gives it main's default route."""
+    kernel.sh("mount -t sysfs lab /sys; ip tuntap add tap0 mode tap; ip link set tap0 up")
+    kernel.sh("ip addr add 10.8.0.2/24 dev tap0; ip route prepend default via 10.8.0.1 dev tap0")
+    kernel.serve("-d eth1")
+    assert "group default" in kernel.sh("ip link show dev tap0")
+    assert "20020: from 10.0.1.5 lookup 254 suppress_prefixlength 0" in kernel.rules()
+
+
+def test_a_list_that_has_changed_while_it_was_read_is_read_again(kernel: Kernel) -> None:
+    """The kernel's words for a list in which something may be missing; `ip` ends with 0."""
+    kernel.serve("-d eth0", "-d eth1 --default")
+    before = kernel.state()
+    action = "echo 'Dump was interrupted and may be inconsistent.' >&2; exit 0"
+    for at in range(1, 4):
+        done = kernel.add_routes("-d eth0", **kernel.fake_ip(action, at))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert kernel.state() == before
+
+
 def test_without_a_writable_etc_the_numbers_stay(bare: Kernel) -> None:
     bare.add_device("ens5", "10.0.5.9/24")
     bare.add_device("ens6", "10.0.6.9/24")
@@ -351,13 +418,19 @@ def test_routes_of_all_kinds_are_copied_and_a_second_run_finds_them_right(kernel
         ip route add 10.7.0.0/16 via 10.66.0.7 dev eth1 onlink advmss 1300 initcwnd 20 quickack 1
         ip -6 route add 2001:db8:9::/64 nexthop via fe80::1 dev eth1 nexthop via fe80::2 dev eth1
         ip -6 route add default via fe80::9 dev eth1 metric 2000 mtu 1300 hoplimit 60 pref low
+        ip route add 10.6.0.0/16 dev eth1 scope global
+        ip nexthop add id 11 dev eth1; ip route add 10.5.0.0/16 nhid 11
+        ip route add 10.4.0.0/16 metric 50 nexthop via 10.66.0.7 dev eth1 onlink \\
+            nexthop via 10.0.1.60 dev eth0
+        ip -6 route add 2001:db8:8::/64 metric 50 nexthop via fe80::1 dev eth1 onlink \\
+            nexthop via fe80::2 dev eth0
         """
     )
     kernel.serve("-d eth1")
     assert kernel.add_routes("-d eth1 --dry-run").stdout == "nothing to change\n"
     # Each next hop of a route with several has a line of its own.
-    assert len(kernel.table(101)) == 7 + 2
-    assert len(kernel.table(101, 6)) == 4 + 2
+    assert len(kernel.table(101)) == 10 + 2
+    assert len(kernel.table(101, 6)) == 5 + 2
 
 
 def test_a_route_that_ip_prints_and_does_not_read_spoils_no_other(kernel: Kernel) -> None:

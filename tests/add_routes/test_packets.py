@@ -320,10 +320,12 @@ def test_eth0_keeps_the_default_route_even_where_eth1_came_up_first(
     assert world.machine.ask(CLIENT) == ETH0
 
 
+@pytest.mark.parametrize("ipv6", ["", INTERFACES6], ids=["IPv4", "and IPv6"])
 def test_default_sends_what_is_unbound_by_the_eni_until_it_is_pulled(
-    make_world: Callable[..., World],
+    make_world: Callable[..., World], ipv6: str
 ) -> None:
-    world = make_world(NAT_INTERFACES)
+    """The hook of the ENI's stanza for IPv6 comes after the one for IPv4, and has no --default."""
+    world = make_world(NAT_INTERFACES + ipv6)
     eni = world.attach(OTHER)
     machine = world.machine
     assert machine.ask(CLIENT) == OTHER[1]

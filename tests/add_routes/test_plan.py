@@ -171,6 +171,56 @@ def test_default_stays_until_a_run_for_its_device_says_otherwise() -> None:
     assert tables == [100]
 
 
+@pytest.mark.parametrize(
+    "asked", [{"default": "eth1"}, {"gateway": "10.0.3.9"}, {"network": "10.0.3.16/28"}]
+)
+def test_what_the_hook_of_a_stanza_has_asked_for_the_hook_of_the_next_one_does_not_end(
+    asked: dict[str, str],
+) -> None:
+    """ifupdown calls one for IPv4, one for IPv6, and one for each alias."""
+    host = served(two_enis(), "eth1", is_hook=True, **parsed(asked))
+    assert plan(host, "eth1", is_hook=True) == []
+    ended = plan(host, "eth1")
+    assert rules_of(ended, "del") or [step for step in ended if step.startswith("route replace")]
+
+
+def test_both_families_can_be_given_a_gateway() -> None:
+    host = two_enis(
+        families=(4, 6),
+        eth0=make_device("10.0.1.10/24", "2001:db8:1::10/64"),
+        eth1=make_device("10.0.3.22/24", "2001:db8:3::22/64"),
+        routes=[*TWO_ENIS, "default via fe80::1 dev eth0 metric 1024 pref medium"],
+    )
+    for gateway in ("10.0.3.9", "fe80::9"):
+        host = served(host, "eth1", is_hook=True, **parsed({"gateway": gateway}))
+    given = [route.words[1] for route in host.routes if route.protocol == add_routes.GIVEN]
+    assert sorted(given) == ["10.0.3.9", "fe80::9"]
+
+
+@pytest.mark.parametrize("gateway", ["fe80::9", "2001:db8:3::1"])
+def test_a_gateway_of_a_family_that_the_device_does_not_have_is_not_ignored(gateway: str) -> None:
+    with pytest.raises(Failure, match="eth1 has no IPv6 address"):
+        plan(two_enis(), **parsed({"gateway": gateway}))
+
+
+def test_a_family_without_a_gateway_costs_the_other_one_nothing() -> None:
+    """The lease of IPv4 is lost, and an address of keepalived's is still there."""
+    ipv6 = ["2001:db8:1::10/64", "2001:db8:3::22/64"]
+    host = two_enis(
+        families=(4, 6),
+        eth0=make_device("10.0.1.10/24", ipv6[0]),
+        eth1=make_device("10.0.3.22/24", ipv6[1]),
+        routes=[*TWO_ENIS, "default via fe80::1 dev eth0 metric 1024 pref medium"],
+    )
+    host = served(host, "eth1")
+    lost = make_device("10.0.3.99/32", ipv6[1], group=7700)
+    routes = [r for r in host.routes if not (r.family == 4 and "eth1" in r.devices)]
+    bare = host._replace(devices={**host.devices, "eth1": lost}, routes=routes)
+    found = add_routes.make_plan(bare, Wish(device="eth0"))
+    assert found.complaints == ["eth1 has 10.0.3.99/32 and no gateway; expected -g or -n"]
+    assert [step for step in found.steps if step.family == 6] == []
+
+
 def test_default_outlives_a_moment_without_an_address() -> None:
     host = served(two_enis(), "eth1", default="eth1")
     bare = host._replace(devices={**host.devices, "eth1": make_device(group=7700)})
@@ -341,17 +391,17 @@ def test_a_tentative_address_is_no_routes_source_yet() -> None:
         (["10.0.3.99/32", "10.0.3.22/24"], {"network": "10.0.3.0/25"}, "via 10.0.3.1 dev eth1"),
         (["10.0.3.22/32"], {"network": "10.0.3.0/24"}, "via 10.0.3.1 dev eth1"),
         (["10.0.3.22/32"], {"gateway": "10.9.9.9"}, "via 10.9.9.9 dev eth1 onlink"),
-        (["10.0.3.22/24"], {"gateway": "fe80::9"}, "via 10.0.3.1 dev eth1"),
+        (["10.0.3.22/24"], {"gateway": "fe80::9", "is_hook": True}, "via 10.0.3.1 dev eth1"),
     ],
 )
-def test_the_gateway_of_ipv4(addresses: list[str], values: dict[str, str], default: str) -> None:
+def test_the_gateway_of_ipv4(addresses: list[str], values: dict[str, Any], default: str) -> None:
     host = make_host(families=(4,), eth1=make_device(*addresses))
     assert routes_of(plan(host, **parsed(values)), 101)[-1] == f"default {default}"
 
 
-def parsed(values: dict[str, str]) -> dict[str, Any]:
+def parsed(values: dict[str, Any]) -> dict[str, Any]:
     """As the command line reads them."""
-    found: dict[str, Any] = dict(values)
+    found = dict(values)
     if "gateway" in values:
         found["gateway"] = ipaddress.ip_address(values["gateway"])
     if "network" in values:

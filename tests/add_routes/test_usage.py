@@ -32,6 +32,24 @@ def test_verbose_says_each_command(kernel: Kernel) -> None:
     assert [line for line in said.splitlines() if "-json" not in line] == dry.splitlines()
 
 
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 | true"])
+def test_nobody_needs_to_read_what_verbose_says(kernel: Kernel, redirection: str) -> None:
+    kernel.serve("-d eth1")
+    wanted = kernel.state()
+    kernel.serve("-d eth1 -r")
+    kernel.sh(f"{SCRIPT} -d eth1 -v {redirection}")
+    assert kernel.state() == wanted
+
+
+def test_an_interrupted_run_ends_with_one_line_and_changes_nothing(kernel: Kernel) -> None:
+    before = kernel.state()
+    for at in range(1, 6):
+        done = kernel.add_routes("-d eth1", **kernel.fake_ip("kill -INT $PPID; sleep 1", at))
+        assert done.returncode == 130
+        assert done.stderr == "add_routes.py: interrupted, and what it had done is taken back\n"
+        assert kernel.state() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
@@ -134,6 +152,23 @@ def test_ifupdown_says_the_device_by_the_environment(kernel: Kernel) -> None:
     assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth1"
     assert kernel.add_routes("-r", IFACE="eth1", MODE="stop").returncode == 0
     assert kernel.state() == before
+
+
+def test_the_stanza_of_ipv6_or_an_alias_does_not_end_the_default_of_the_one_of_ipv4(
+    kernel: Kernel,
+) -> None:
+    def hook(arguments: str, device: str, family: str) -> None:
+        done = kernel.add_routes(arguments, IFACE=device, ADDRFAM=family)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    hook("--default", "eth1", "inet")
+    hook("", "eth1", "inet6")
+    hook("", "eth1:0", "inet")
+    assert kernel.device_to("198.51.100.1") == "eth1"
+    assert kernel.device_to("2001:db8:9::1") == "eth1"
+    hook("-r", "eth1", "inet")
+    hook("", "eth1", "inet")
+    assert kernel.device_to("198.51.100.1") == "eth0"
 
 
 def test_without_a_lock_nothing_is_done(kernel: Kernel) -> None:
