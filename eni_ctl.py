@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import gc
 import io
@@ -53,7 +52,6 @@ import os
 import re
 import select
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -90,7 +88,8 @@ class Poll(NamedTuple):
 
 
 POLL_EC2 = Poll(quick=1.0, slow=5.0, slowest=15.0)
-POLL_LOCAL = Poll(quick=0.1, slow=0.1, slowest=1.5)  # IMDS, the kernel and the lock
+POLL_LOCAL = Poll(quick=0.1, slow=0.1, slowest=1.5)  # IMDS and the lock
+POLL_DEVICE = Poll(quick=0.1, slow=0.5, slowest=1.5)  # the kernel: a process of `ip` each time
 
 DEVICE_INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type has more than 15 on a card
 ZONE_OR_REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"
@@ -209,6 +208,7 @@ class Eni(NamedTuple):
     name: str = ""
     fqdn: str = ""
     status: str = "available"
+    interface_type: str = "interface"  # API_NetworkInterface, InterfaceType: efa-only, trunk …
     service: str = ""  # the AWS service that owns it; empty for one of the account's own
     holder: str = ""  # the instance of its attachment
     attachment: str = ""
@@ -222,6 +222,11 @@ class Eni(NamedTuple):
     def is_primary(self) -> bool:
         """A primary ENI cannot be moved. A launch template may have given it the group's name."""
         return self.device_index == 0 and self.card_index == 0
+
+    @property
+    def is_movable(self) -> bool:
+        """An EFA without addresses stays where it was launched, too, and may have the name."""
+        return not self.is_primary and self.interface_type != "efa-only"
 
     @property
     def is_free(self) -> bool:
@@ -259,9 +264,11 @@ class Decision(NamedTuple):
 
 def attach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     lock = Lock(LOCK_FILE, options, deadline)
-    instance, aws = identify(options, deadline)
+    imds = Imds(deadline)
+    instance = see_instance(imds)
     if not options.dry_run:
         retire_foreign_record(instance, lock)
+    instance, aws = identify(instance, imds, options, deadline)
     claim = Claim(instance, aws, lock, deadline, options)
     patience, longest = LOOK_AGAIN
     while True:
@@ -278,7 +285,9 @@ def attach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
 
 def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     lock = Lock(LOCK_FILE, options, deadline)
-    instance, aws = identify(options, deadline, record=read_state_file(options.state_file))
+    imds = Imds(deadline)
+    record = read_state_file(options.state_file)
+    instance, aws = identify(see_instance(imds), imds, options, deadline, record)
     withdrawal = Withdrawal(instance, aws, lock, deadline, options)
     detached = wait(withdrawal.step, deadline, POLL_EC2)
     if not detached:
@@ -287,7 +296,8 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
 
 
 def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
-    instance, aws = identify(options, deadline)
+    imds = Imds(deadline)
+    instance, aws = identify(see_instance(imds), imds, options, deadline)
     enis = wait(lambda: aws.enis_named(instance.name), deadline, POLL_EC2)
     instances = {instance.id, *holding_instances(enis)}
     members = wait(lambda: aws.members(instances), deadline, POLL_EC2)
@@ -423,8 +433,8 @@ def why_not_free(eni: Eni, states: Mapping[str, str]) -> str:
 
 
 def own_enis(instance: str, enis: Iterable[Eni]) -> list[Eni]:
-    """What the instance holds beside its primary ENI, in the order of the device indexes."""
-    own = [eni for eni in enis if eni.holder == instance and not eni.is_primary]
+    """What the instance holds that could be moved, in the order of the device indexes."""
+    own = [eni for eni in enis if eni.holder == instance and eni.is_movable]
     return sorted(own, key=lambda eni: (eni.card_index, eni.device_index))
 
 
@@ -531,7 +541,9 @@ class Claim:
                     return self.attach(step.eni)
                 self.release(step.eni)
             except Failure as error:
-                if not concerns_one_eni(error):
+                # In a detach, the instance that EC2 speaks of is the holder, not this one.
+                others_may_do = is_refusal if step.action == "release" else concerns_one_eni
+                if not others_may_do(error):
                     raise
                 refusals.append(error)
         raise nothing_left(refusals, decision.waiting_for)
@@ -610,8 +622,10 @@ class Claim:
             return
         shown = [eni for eni in enis if eni.id == recorded]
         if not shown:  # it may have another name
-            self.record_is_checked = True
             shown = self.aws.enis_with_ids({recorded})
+            if not shown:  # it has been deleted, or these are another account's credentials
+                self.aws.enis_of(self.instance.id)
+            self.record_is_checked = True
         for eni in shown:
             if eni.holder == self.instance.id or find_device(eni.mac):
                 return
@@ -654,7 +668,7 @@ def await_network(
         return network
 
     deadline.doing = f"{eni.id} is attached, waiting for its device and address"
-    return wait(confirm, deadline, POLL_LOCAL, patience)
+    return wait(confirm, deadline, POLL_DEVICE, patience)
 
 
 def warn_of_deletion(eni: Eni) -> None:
@@ -699,7 +713,7 @@ class Withdrawal:
             record = read_state_file(self.lock.state_file)
             held = self.aws.enis_of(self.instance.id)
             if not self.targets:
-                self.choose_targets(held, record)
+                held = self.choose_targets(held, record)
             if self.aws.dry_run:
                 self.rehearse()
             refusals = self.detach_targets(held)
@@ -720,8 +734,11 @@ class Withdrawal:
         if all(eni.attachment_status == "detaching" for eni in self.targets.values()):
             raise DryRun(f"would wait: {join_ids(self.targets.values())} is being detached")
 
-    def choose_targets(self, held: Sequence[Eni], record: Mapping[str, str]) -> None:
-        """Note which ENIs to detach. Raises NotYet if EC2 may show one of them late."""
+    def choose_targets(self, held: Sequence[Eni], record: Mapping[str, str]) -> list[Eni]:
+        """Note which ENIs to detach. Returns all that this instance holds.
+
+        Raises NotYet if EC2 may show one of them late.
+        """
         shown = list(held)
         for eni in self.aws.enis_with_ids(self.find_suspects(held, record)):
             if not self.is_target(eni, record):
@@ -729,11 +746,13 @@ class Withdrawal:
             if eni.is_free and (find_device(eni.mac) or self.deadline.elapsed() < GRACE):
                 raise NotYet(f"{eni.id} was claimed here, and EC2 does not show it attached yet")
             shown.append(eni)
-        for eni in own_enis(self.instance.id, shown):
+        own = own_enis(self.instance.id, shown)
+        for eni in own:
             if eni.attachment and self.is_target(eni, record):
                 self.targets[eni.attachment] = eni
                 with contextlib.suppress(NotYet):
                     self.gateways[eni.attachment] = read_network(eni).gateway
+        return own
 
     def find_suspects(self, held: Sequence[Eni], record: Mapping[str, str]) -> set[str]:
         """The ENIs that a run here has attached, or has tried to, and that EC2 does not show."""
@@ -904,26 +923,35 @@ def aws_failure(action: str, code: str, status: int, message: str) -> Failure:
 
 
 def service_of(action: str) -> str:
+    if action.startswith("AssumeRole"):
+        return "sts"
     return "autoscaling" if "AutoScaling" in action else "ec2"
 
 
 # --- who this instance is ---
 
 
-def identify(
-    options: argparse.Namespace, deadline: Deadline, record: Mapping[str, str] | None = None
-) -> tuple[Instance, Aws]:
-    """This instance, and its way to AWS. Raises a Failure.
-
-    record: the state file, for --detach. If it was written for this instance, it tells the name
-    where no group does.
-    """
-    imds = Imds(deadline)
-    instance = Instance(
+def see_instance(imds: Imds) -> Instance:
+    """What IMDS says of this instance. Raises a Failure."""
+    return Instance(
         id=imds.get("meta-data/instance-id", r"i-[0-9a-f]{8,17}"),
         zone=imds.get("meta-data/placement/availability-zone", ZONE_OR_REGION),
         region=imds.get("meta-data/placement/region", ZONE_OR_REGION),
     )
+
+
+def identify(
+    instance: Instance,
+    imds: Imds,
+    options: argparse.Namespace,
+    deadline: Deadline,
+    record: Mapping[str, str] | None = None,
+) -> tuple[Instance, Aws]:
+    """This instance with its name, and its way to AWS. Raises a Failure.
+
+    record: the state file, for --detach. If it was written for this instance, it tells the name
+    where no group does.
+    """
     ignore_other_regions(instance.region)
     aws = Aws(instance.region, deadline, options.dry_run, imds)
 
@@ -1063,15 +1091,16 @@ class Pace:
 
     def __init__(self, poll: Poll) -> None:
         self.poll = poll
-        self.reason = ""
+        self.reason = ""  # AWS's error code, whose words may have the time in them, or the text
         self.quick_until = 0.0
         self.back_off = 0.0
 
     def pause(self, error: NotYet, now: float) -> float:
         import random
 
-        if str(error) != self.reason:
-            self.reason = str(error)
+        reason = error.aws_code or str(error)
+        if reason != self.reason:
+            self.reason = reason
             self.quick_until = now + QUICK_PHASE
         usual = self.poll.quick if now < self.quick_until else self.poll.slow
         # All hosts of an account share its rate limits. So each slows down fast and speeds up
@@ -1110,6 +1139,7 @@ class Aws:
         self.clients: dict[str, Any] = {}
         self.credentials_pause = CREDENTIAL_PAUSES[0]
         self.credentials_until = 0.0  # not before then are new ones fetched
+        self.imds_has_credentials = False  # though boto3 has none
 
     def enis_named(self, name: str) -> list[Eni]:
         """All ENIs with exactly that Name tag, in all zones of the region."""
@@ -1117,8 +1147,17 @@ class Aws:
         return [eni for eni in enis if eni.name == name]
 
     def enis_of(self, instance: str) -> list[Eni]:
-        """What the instance holds beside its primary ENI."""
-        return own_enis(instance, self.enis("attachment.instance-id", [instance]))
+        """What the instance holds beside its primary ENI.
+
+        Raises NeedsPerson if EC2 does not show even that: to another account, it shows nothing.
+        """
+        enis = self.enis("attachment.instance-id", [instance])
+        if not enis:
+            raise NeedsPerson(
+                f"EC2 shows no network interface of {instance}, not even its primary one:"
+                " are these credentials of its account?"
+            )
+        return own_enis(instance, enis)
 
     def enis_with_ids(self, ids: Collection[str]) -> list[Eni]:
         """The ENIs with these ids, as far as they exist."""
@@ -1229,12 +1268,18 @@ class Aws:
                 raise DryRun(f"would call {self.deadline.doing}: permitted") from None
             if code in STALE_CREDENTIALS:
                 self.forget_credentials()
-            raise aws_failure(action, code, status, details.get("Message", "")) from None
+            # To get credentials, botocore may make a call of its own, such as AssumeRole.
+            asked = error.operation_name
+            raise aws_failure(asked, code, status, details.get("Message", "")) from None
         except NoCredentialsError:
             self.forget_credentials()
             raise self.why_no_credentials() from None
         except settings_errors() as error:
             raise NeedsPerson(f"boto3: {one_line(error)}") from None
+        except RuntimeError as error:
+            # So botocore says that the credentials which it has just fetched have expired.
+            self.forget_credentials()
+            raise NotYet(f"is this host's clock set? {action}: {one_line(error)}") from None
         # LookupError and the like: botocore trips over answers that are not AWS's, or IMDS's.
         except (BotoCoreError, ResponseParserError, LookupError, TypeError, ValueError) as error:
             raise Overloaded(f"{action}: {one_line(error)}") from None
@@ -1280,6 +1325,14 @@ class Aws:
         except ValueError:
             document = {}
         code = str(document.get("Code", "no answer"))
+        if code == "Success":
+            # They have come since boto3 asked. So the pause that began without them is over, once.
+            if not self.imds_has_credentials:
+                self.session = None
+                self.clients = {}
+            self.imds_has_credentials = True
+            return Overloaded(f"boto3 does not have the credentials of the role {role} yet")
+        self.imds_has_credentials = False
         reason = f"IMDS has no credentials of the role {role}: {quoted(code)}"
         if "Message" in document:
             reason += f": {one_line(document['Message'])}"
@@ -1293,12 +1346,22 @@ def settings_errors() -> tuple[type[Exception], ...]:
     """boto3's errors about its own settings: AWS_PROFILE, a configuration file, half a key."""
     from botocore import exceptions
 
-    return (
-        exceptions.ConfigNotFound,
-        exceptions.ConfigParseError,
-        exceptions.PartialCredentialsError,
-        exceptions.ProfileNotFound,
+    names = (
+        "ConfigNotFound",
+        "ConfigParseError",
+        "InvalidConfigError",
+        "InvalidIMDSEndpointError",
+        "InvalidIMDSEndpointModeError",
+        "InvalidMaxRetryAttemptsError",
+        "InvalidRetryConfigurationError",
+        "InvalidRetryModeError",
+        "InvalidSTSRegionalEndpointsConfigError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+        "UnknownCredentialError",
     )
+    # Debian 11's botocore does not have them all.
+    return tuple(getattr(exceptions, name) for name in names if hasattr(exceptions, name))
 
 
 def parse_eni(item: Mapping[str, Any]) -> Eni:
@@ -1325,6 +1388,7 @@ def parse_eni(item: Mapping[str, Any]) -> Eni:
         name=tags.get("Name", ""),
         fqdn=tags.get("FQDN", ""),
         status=member_of(item, "Status"),
+        interface_type=member_of(item, "InterfaceType"),
         service=service,
         holder=member_of(attachment, "InstanceId"),
         attachment=member_of(attachment, "AttachmentId"),
@@ -1380,6 +1444,8 @@ def prepare_botocore() -> None:
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
     os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if others.strip() == "*":  # for all hosts, if it stands alone
+        return
     host = imds_endpoint().split("//")[-1].rsplit("/")[0]
     os.environ["no_proxy"] = f"{others},{host}"
 
@@ -1391,7 +1457,7 @@ def check_ca_file() -> None:
     """
     for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
         path = os.environ.get(variable)
-        if not path or os.path.isdir(path):
+        if not path:
             continue
         try:
             with open(path, "rb"):
@@ -1512,27 +1578,12 @@ def read_network(eni: Eni) -> Network:
     device = find_device(eni.mac)
     if device is None:
         raise NotYet(f"no device with {eni.id}'s MAC address {eni.mac} has appeared")
-    if is_local(eni.ip):
-        for address in read_addresses(device):
-            unusable = address.get("tentative") or address.get("dadfailed")
-            if same_address(address.get("local"), eni.ip) and not unusable:
-                prefix = number_of(address, "prefixlen", -1)
-                return Network(device, prefix, gateway_of(eni.ip, prefix))
+    for address in read_addresses(device):
+        unusable = address.get("tentative") or address.get("dadfailed")
+        if same_address(address.get("local"), eni.ip) and not unusable:
+            prefix = number_of(address, "prefixlen", -1)
+            return Network(device, prefix, gateway_of(eni.ip, prefix))
     raise NotYet(f"{device} is not up with {eni.id}'s address {eni.ip}")
-
-
-def is_local(ip: str) -> bool:
-    """Whether the kernel would accept packets for that address.
-
-    It takes no process, unlike `ip`, so that it can be asked ten times a second for minutes.
-    """
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((ip, 0))
-    except OSError as error:
-        return error.errno != errno.EADDRNOTAVAIL
-    return True
 
 
 def read_addresses(device: str) -> list[dict[str, Any]]:
@@ -1724,7 +1775,10 @@ class Lock:
         if self.file is None:
             return
         note = f"{eni} {self.state_file}\n" if eni else "\n"
-        os.pwrite(self.file, note.encode("utf-8", "surrogateescape"), 0)
+        try:
+            os.pwrite(self.file, note.encode("utf-8", "surrogateescape"), 0)
+        except OSError as error:  # /run is full: to attach matters more than to remember it
+            log.info("cannot write %s: %s", self.path, error.strerror)
         self.tried = self.tried_for_state_file = eni
 
 

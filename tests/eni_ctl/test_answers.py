@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -105,6 +105,24 @@ def test_addresses_are_compared_as_addresses(one: object, same: bool) -> None:
     assert same_address(one, "2001:db8:0:1::22") == same
 
 
+def test_credentials_that_came_after_boto3_had_asked_are_fetched_at_once_but_once() -> None:
+    """A new session at every poll would cost a long wait much memory and time."""
+
+    class HasCredentials:
+        def get_once(self, path: str, pattern: str, optional: bool = False) -> str:
+            return '{"Code": "Success"}' if path.endswith("role") else "role"
+
+    deadline = eni_ctl.Deadline(300)
+    aws = eni_ctl.Aws("us-west-1", deadline, False, cast("eni_ctl.Imds", HasCredentials()))
+    sessions = []
+    for _ in range(3):
+        aws.session = aws.session or object()
+        sessions.append(aws.session)
+        assert isinstance(aws.why_no_credentials(), eni_ctl.Overloaded)
+    assert sessions[0] is not sessions[1]
+    assert sessions[1] is sessions[2]
+
+
 def test_filters_take_escaped_values_literally() -> None:
     assert escape_filter("a*b?c\\d") == "a\\*b\\?c\\\\d"
 
@@ -117,7 +135,6 @@ ENI = eni_ctl.Eni("eni-1", "02:00:00:00:00:01", "us-west-1a", "10.0.1.22")
 def test_whatever_ip_says_eni_ctl_finds_the_address_or_waits(document: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eni_ctl, "find_device", lambda mac: "eth1")
-        patch.setattr(eni_ctl, "is_local", lambda ip: True)
         patch.setattr(eni_ctl, "run_ip", lambda *_: document)
         network = one_line_or(eni_ctl.NotYet, lambda: eni_ctl.read_network(ENI))
     if network:

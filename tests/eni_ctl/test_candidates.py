@@ -174,6 +174,21 @@ def test_a_detach_that_is_refused_for_one_interface_is_tried_with_the_next(
     all_at_once([Pair(lab, subnet, why) for why in whys], tries_the_next)
 
 
+@pytest.mark.parametrize("code", ["IncorrectInstanceState", "InvalidInstanceID.NotFound"])
+def test_what_ec2_says_of_one_holder_is_not_taken_for_this_host(
+    lab: Lab, subnet: str, code: str
+) -> None:
+    """In a detach, the instance is the holder."""
+    pair = Pair(lab, subnet, code)
+    for bad, good in (pair.enis, reversed(pair.enis)):
+        pair.hold("Terminating")
+        words = "The instance is not in a valid state for this operation."  # [ours]
+        refusal = lab.aws.refuse("DetachNetworkInterface", bad, code, words)
+        pair.attach(good)
+        refusal.times = 0
+        pair.free()
+
+
 def test_a_detach_that_iam_denies_for_one_holder_is_tried_with_the_next(
     lab: Lab, subnet: str
 ) -> None:
@@ -232,6 +247,25 @@ def test_an_interface_of_an_aws_service_alone_needs_a_person_and_is_named(
     assert eni in last_line(done)
     assert "amazon-aws" in last_line(done)
     assert calls(lab, "AttachNetworkInterface") == calls(lab, "DetachNetworkInterface") == 0
+
+
+# --- what this host was launched with
+
+
+def test_an_efa_of_this_host_that_has_the_name_too_is_passed_over(
+    lab: Lab, subnet: str, machine: Machine, eni: str
+) -> None:
+    """A launch template can tag all interfaces that it makes. One of the type efa-only has no
+    address (EC2 User Guide, "Elastic Fabric Adapter"), and stays where it was launched."""
+    efa = lab.aws.create_eni(subnet, name="web", interface_type="efa-only")
+    lab.aws.never_plug.add(efa)  # it is no network device
+    lab.aws.attach(lab.aws.lab_eni(efa), machine.instance, 1)
+    done = machine.eni_ctl("-a")
+    assert done.stdout == f"attached {eni} (10.0.1.22) as eth1\n", done.stderr
+    assert machine.eni_ctl("-s").returncode == 0
+    done = machine.eni_ctl("-d")
+    assert (done.returncode, done.stdout) == (0, f"detached {eni} (10.0.1.22)\n"), done.stderr
+    assert holder(lab, efa) == machine.instance.id
 
 
 # --- force takes from those who can spare it first

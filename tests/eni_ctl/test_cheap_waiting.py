@@ -38,6 +38,15 @@ def test_a_minute_beside_a_healthy_holder_takes_forty_describes_at_most(
     assert len(run.log) <= 8
 
 
+def test_words_that_have_the_time_in_them_are_no_new_reason(lab: Lab, machine: Machine) -> None:
+    """Auto Scaling names three times where it refuses a clock; each new reason is polled quickly
+    for 10 s."""
+    machine.instance.clock_offset = -3600
+    run = run_measured(machine, "-a", "-t", "60")
+    assert run.code == 1
+    assert 2 <= calls(lab, "DescribeAutoScalingInstances") <= 30
+
+
 @pytest.mark.parametrize("code", ["IncorrectState", "OperationNotPermitted", "AuthFailure"])
 def test_refused_detaches_cost_little(
     lab: Lab, subnet: str, machine: Machine, eni: str, code: str, record_property: Record

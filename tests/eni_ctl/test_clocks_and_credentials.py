@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from lab import Lab, Machine
 from lab.ec2 import DENIED
 from lab.vpc import OUTER_LIMIT
@@ -65,6 +67,28 @@ def test_a_clock_half_a_day_ahead_is_waited_for_too(lab: Lab, machine: Machine, 
     out, err = running.communicate(timeout=OUTER_LIMIT)
     assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
     assert "unexpected" not in err
+
+
+def test_credentials_that_have_expired_when_they_come_are_waited_for(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    """By a clock that is ahead, they have. botocore raises RuntimeError then: before 1.25 (Debian
+    11 has 1.20) for IMDS's credentials, and still for those of a credential_process."""
+    key = lab.aws.add_administrator()
+    said = {
+        "Version": 1,
+        "AccessKeyId": key["AWS_ACCESS_KEY_ID"],
+        "SecretAccessKey": key["AWS_SECRET_ACCESS_KEY"],
+        "SessionToken": "",
+        "Expiration": "2020-01-01T00:00:00Z",
+    }
+    machine.write("/run/key", json.dumps(said))
+    machine.write("/root/.aws/config", "[default]\ncredential_process = cat /run/key\n")
+    running = machine.start_eni_ctl("-a", HOME="/root")
+    wait_for_line(running, "waiting, .*clock")
+    machine.write("/run/key", json.dumps({**said, "Expiration": "2100-01-01T00:00:00Z"}))
+    out, err = running.communicate(timeout=OUTER_LIMIT)
+    assert out == f"attached {eni} (10.0.1.22) as eth1\n", err
 
 
 def test_a_service_that_is_not_subscribed_to_yet_is_waited_for(

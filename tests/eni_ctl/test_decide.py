@@ -66,6 +66,7 @@ THIRD = "i-00000003"
         ([eni(1, HERE.id, index=0), eni(2)], {}, ["attach eni-2"]),
         ([eni(1, zone="c"), eni(2)], {}, ["attach eni-2"]),
         ([eni(1, ip=""), eni(2)], {}, ["attach eni-2"]),
+        ([eni(1, HERE.id, ip="", interface_type="efa-only"), eni(2)], {}, ["attach eni-2"]),
         ([eni(1, service="amazon-aws"), eni(2)], {}, ["attach eni-2"]),
     ],
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 
-from lab import Lab, Machine
+from lab import Lab, Machine, await_that
 from lab.vpc import OUTER_LIMIT
-from lab.watching import give_up, wait_for_line
+from lab.watching import give_up, holder, wait_for_line
 
 
 def test_a_detach_waits_until_the_device_is_gone(lab: Lab, machine: Machine, eni: str) -> None:
@@ -96,6 +96,23 @@ def test_a_detach_that_an_earlier_run_began_is_finished(
     lab.aws.detach(lab.aws.lab_eni(eni), force=True)
     out, _ = second.communicate(timeout=OUTER_LIMIT)
     assert out == f"detached {eni} (10.0.1.22)\n"
+
+
+def test_an_eni_that_only_the_second_answer_shows_is_detached_too(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    """EC2's answers come from copies of its data, of which one may be behind another. The run that
+    attached it was killed before its device came."""
+    lab.aws.never_plug.add(eni)
+    killed = machine.start_eni_ctl("-a")
+    await_that(lambda: holder(lab, eni) == machine.instance.id)
+    killed.kill()
+    killed.communicate()
+    lab.aws.next_lags = [OUTER_LIMIT, 0]
+    done = machine.eni_ctl("-d")
+    assert (done.returncode, done.stdout) == (0, f"detached {eni} (10.0.1.22)\n"), done.stderr
+    assert [c.action for c in lab.aws.calls].count("DetachNetworkInterface") == 1
+    assert lab.aws.eni(eni).attachment_id is None
 
 
 def test_a_detach_after_a_kill_in_mid_attach_finds_the_eni(

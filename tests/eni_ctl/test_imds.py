@@ -89,6 +89,13 @@ def test_other_names_in_no_proxy_stay_there(lab: Lab, machine: Machine) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_proxy_for_any_host_stays_so(lab: Lab, machine: Machine) -> None:
+    """The star means that only where it stands alone."""
+    proxy = "http://10.0.1.1:9"
+    done = machine.eni_ctl("-a", http_proxy=proxy, https_proxy=proxy, no_proxy="*")
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_imds_endpoint_in_the_environment_is_used(lab: Lab, machine: Machine) -> None:
     lab.aws.fail("", how="html", times=1)
     endpoint = "http://127.0.0.1:9/"

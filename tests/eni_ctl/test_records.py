@@ -175,6 +175,19 @@ def test_an_untrue_record_is_retired_at_once_not_at_the_end_of_the_wait(
     waiting.communicate()
 
 
+def test_another_instances_record_is_retired_even_if_this_one_never_learns_its_group(
+    lab: Lab, subnet: str
+) -> None:
+    """The file came with an AMI, and programs of this host read it."""
+    machine = lab.launch(subnet)
+    machine.write(STATE, record())
+    done = machine.eni_ctl("-a")
+    assert done.returncode == 4
+    assert "in no Auto Scaling group" in done.stderr
+    assert machine.state()["ATTACHMENT_ID"] == "null"
+    assert machine.state()["DEVICE"] == "null"
+
+
 def test_a_record_is_retired_where_the_interface_is_gone_for_good(lab: Lab, subnet: str) -> None:
     machine = lab.launch(subnet, group="web")
     machine.write(STATE, record())

@@ -87,6 +87,40 @@ def test_a_setting_that_boto3_cannot_use_needs_a_person_and_is_named(
     assert told in last_line(done).lower()
 
 
+@pytest.mark.parametrize("verb", [["-d"], ["-a", "-n", "web"]], ids=["-d", "-a"])
+def test_another_accounts_credentials_prove_nothing_about_the_attachment(
+    lab: Lab, machine: Machine, eni: str, verb: list[str]
+) -> None:
+    """They are in root's shell, say. To them, EC2 shows nothing of this account."""
+    assert machine.eni_ctl("-a").returncode == 0
+    state = machine.state()
+    done = machine.eni_ctl(*verb, **lab.aws.add_stranger())
+    assert (done.returncode, done.stdout) == (4, "")
+    assert last_line(done).endswith("are these credentials of its account?")
+    assert machine.state() == state
+    assert holder(lab, eni) == machine.instance.id
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_CA_BUNDLE", "/etc/ssl/certs"),
+        ("AWS_RETRY_MODE", "nosuch"),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "nosuch"),
+        ("AWS_PROFILE", "chained"),
+    ],
+)
+def test_a_setting_that_is_wrong_for_good_is_not_waited_for(
+    machine: Machine, variable: str, value: str
+) -> None:
+    profile = "[profile chained]\nrole_arn = arn:aws:iam::123456789012:role/a\n"
+    machine.write("/root/.aws/config", f"{profile}source_profile = nosuch\n")
+    machine.environment[variable] = value
+    done = machine.eni_ctl("-a", HOME="/root")
+    assert done.returncode == 4
+    assert value in last_line(done) or variable in last_line(done)
+
+
 # --- files that root's Python must not import
 
 

@@ -134,6 +134,7 @@ class Aws(Knobs):
         # The world.
         self.enis: dict[str, LabEni] = {}
         self.instances: dict[str, Instance] = {}
+        self.strangers: set[str] = set()  # access keys of another account's
         self._vpc: Any = None
         self._policy: dict[str, Any] | None = None  # None: SEED_ACTIONS, on all resources
         self._judge: Judge | None = None  # of the policy, if there is one
@@ -447,11 +448,20 @@ class Aws(Knobs):
 
     def add_administrator(self) -> dict[str, str]:
         """Somebody who may do everything: the environment variables of their access key."""
-        self.iam.create_user(self.region, "admin")
+        return self._add_user("admin")
+
+    def add_stranger(self) -> dict[str, str]:
+        """An administrator of another account, to whom nothing in this one exists."""
+        key = self._add_user("stranger")
+        self.strangers.add(key["AWS_ACCESS_KEY_ID"])
+        return key
+
+    def _add_user(self, name: str) -> dict[str, str]:
+        self.iam.create_user(self.region, name)
         allow = {"Effect": "Allow", "Action": "*", "Resource": "*"}
         document = json.dumps({"Version": "2012-10-17", "Statement": allow})
-        self.iam.put_user_policy("admin", "policy", document)
-        key = self.iam.create_access_key("admin")
+        self.iam.put_user_policy(name, "policy", document)
+        key = self.iam.create_access_key(name)
         return {
             "AWS_ACCESS_KEY_ID": key.access_key_id,
             "AWS_SECRET_ACCESS_KEY": key.secret_access_key,

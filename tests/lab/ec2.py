@@ -307,6 +307,8 @@ class Ec2(EC2Response):
                 if any(r.fullmatch(v) for r in regexes for v in filter_values(item, name))
             ]
         found = [eni.change(item) for eni, item in shown]
+        if self.access_key in self.aws.strangers:
+            found = []
         if size is None:
             # All in one answer, however many (cilium/cilium pull 37983: 19,000).
             return ActionResult({"NetworkInterfaces": found})
@@ -455,6 +457,8 @@ class AutoScaling(AutoScalingResponse):
             raise refuse("ValidationError", message)
         found = self.autoscaling_backend.describe_auto_scaling_instances(instance_ids=ids)
         items = [self.describe_member(member) for member in found]
+        if self.access_key in self.aws.strangers:
+            items = []
         size = min(size, self.aws.page_size)
         shown, token = page(items, self._get_param("NextToken"), size)
         return ActionResult({"AutoScalingInstances": shown, "NextToken": token})

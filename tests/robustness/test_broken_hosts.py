@@ -100,6 +100,13 @@ def test_a_host_without_sys_is_told_so(machine: Machine) -> None:
         assert not machine.exists("/etc/default/eni")
 
 
+def test_a_full_run_directory_costs_the_note_and_not_the_attach(machine: Machine, eni: str) -> None:
+    machine.run("sh", "-c", "mount -t tmpfs -o size=4k lab /run; echo full >/run/full")
+    done = machine.eni_ctl("-a")
+    assert done.stdout == f"attached {eni} (10.0.1.22) as eth1\n", done.stderr
+    assert "cannot write /run/eni_ctl.lock: No space left on device" in done.stderr
+
+
 def test_a_state_file_that_cannot_be_replaced_stays_whole(machine: Machine) -> None:
     """A file system that knows chattr +i is not to be had everywhere; a mount point is as firm."""
     machine.write("/run/eni", "old\n")
