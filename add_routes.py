@@ -1069,9 +1069,10 @@ def read_addresses(items: list[Any]) -> Iterator[Address]:
             local = checked_text(item["local"])
             text = local if length is None else f"{local}/{length}"
             network = ipaddress.ip_interface(text).network
-            # An address of scope link or site can be on purpose: it is nobody's first choice then.
-            is_global = not (network.is_link_local or network.is_loopback)
-            if is_global and item["scope"] not in ("254", "host") and "dadfailed" not in item:
+            # Scope link can be on purpose: such an address is nobody's first choice as a source.
+            is_local = item["scope"] in ("253", "link") and network.is_link_local
+            is_local = is_local or item["scope"] in ("254", "host")
+            if not is_local and "dadfailed" not in item:
                 label = item.get("label", "")
                 flags = "dynamic" in item, "tentative" in item
                 yield Address(local, network, label, *flags)
@@ -1181,8 +1182,11 @@ def may_write_name(host: Host, path: str, device: str, name: str) -> bool:
     if not os.path.exists(path):
         return name not in host.names
     words = " ".join(read_lines(path)).split()
-    is_ours = len(words) == 2 and words[1] in (device, name) and words[0].isdecimal()
-    return is_ours and int(words[0]) not in filled_tables(host)
+    if len(words) != 2 or words[1] not in (device, name) or not words[0].isdecimal():
+        return False
+    # A number that we would not choose, of a table in use, is somebody else's, whatever its name.
+    number = int(words[0])
+    return number >= FREE_TABLES or number not in filled_tables(host)
 
 
 def write_file(path: str, text: str) -> None:

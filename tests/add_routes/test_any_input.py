@@ -132,7 +132,7 @@ odd_lines = odd_words.map(" ".join)
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=spoilt([DEVICE, OTHER]) | anything, lines=st.lists(odd_lines, max_size=5))
 def test_whatever_ip_says_add_routes_ends_in_a_plan_or_in_one_line(
-    document: Any, lines: list[str], capsys: pytest.CaptureFixture[str]
+    document: Any, lines: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def ip(flags: str, *_: object) -> tuple[str, dict[int, str]]:
         if "json" in flags:
@@ -142,7 +142,7 @@ def test_whatever_ip_says_add_routes_ends_in_a_plan_or_in_one_line(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(add_routes, "ip", ip)
         code = add_routes.main(["-d", "eth1", "--dry-run"])
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert code in (0, 1)
     assert all(line.startswith("add_routes.py: ") for line in said.err.splitlines())
     check_commands(said.out)
@@ -193,7 +193,7 @@ words = st.one_of(
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(given=st.dictionaries(st.sampled_from(["-d", "-g", "-n", "-t"]), words))
 def test_no_argument_becomes_another_command(
-    given: Mapping[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: Mapping[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     device = given.get("-d", "eth1")
     host = make_host({device: make_device("10.0.1.22/24", "2001:db8::2/64")})
@@ -204,7 +204,7 @@ def test_no_argument_becomes_another_command(
             code = add_routes.main([*arguments, "--dry-run"])
         except SystemExit as error:
             code = int(str(error.code))
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert code in (0, 1, 2)
     assert said.err.count("add_routes.py: ") == (1 if code else 0)
     check_commands(said.out)

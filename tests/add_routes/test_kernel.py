@@ -261,6 +261,15 @@ def test_a_file_of_somebody_elses_that_is_named_after_the_device_stays(
     assert bare.sh(f"cat {path}") == theirs
 
 
+def test_a_name_moves_to_a_new_table_with_its_device(bare: Kernel) -> None:
+    """Somebody else has filled the old one."""
+    bare.add_device("ens5", "10.0.5.9/24")
+    bare.serve("-d ens5", "-d ens5 -r")
+    bare.sh("ip route add default dev ens5 table 1000")
+    bare.serve("-d ens5")
+    assert bare.sh("cat /etc/iproute2/rt_tables.d/ens5.conf") == "1001 ens5\n"
+
+
 def test_everybody_can_read_the_names_of_the_tables_and_nobody_hold_the_lock(bare: Kernel) -> None:
     bare.add_device("ens5", "10.0.5.9/24")
     for umask in ("077", "022"):
@@ -273,8 +282,9 @@ def test_an_address_that_is_never_the_first_choice_has_a_rule_too(kernel: Kernel
     """So keepalived can make them: scope link."""
     kernel.sh("ip addr add 10.0.1.40/32 dev eth1 scope link")
     kernel.sh("ip addr add 10.0.1.41/32 dev eth1 scope site")
+    kernel.sh("ip addr add 169.254.9.9/32 dev eth1 scope global")
     kernel.serve("-d eth1")
-    for source in ("10.0.1.40", "10.0.1.41"):
+    for source in ("10.0.1.40", "10.0.1.41", "169.254.9.9"):
         assert kernel.device_to("198.51.100.1", source) == "eth1"
     assert not [rule for rule in kernel.rules() if "fe80::" in rule]
 
