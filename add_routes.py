@@ -41,6 +41,7 @@ Exit codes:
   0  done, or nothing to change
   1  failed, and what this run had done is taken back
   2  usage error
+  130  interrupted, and what this run had done is taken back
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ PROGRAM = "add_routes.py"
 
 # These two are in no rt_protos of Debian 11 to 13, nor the kernel's, nor FRR's (186 to 198).
 PROTOCOL = 77
-GIVEN = 78  # of a route that -g or -n asked for: later runs for other devices keep it
+GIVEN = 78  # of a route that -g or -n asked for: later hooks, and runs for other devices, keep it
 OURS = (PROTOCOL, GIVEN)
 # The interface group of the devices that are served; people give small numbers by hand.
 GROUP = 7700
@@ -173,6 +174,7 @@ class Address(NamedTuple):
     label: str = ""  # the alias that it belongs to, or the device's name
     dynamic: bool = False  # by DHCP or a router advertisement
     tentative: bool = False  # the kernel still looks for a duplicate
+    is_first_choice: bool = True  # as a source; not if its scope is link, say
 
     @property
     def ip(self) -> IPAddress:
@@ -289,7 +291,7 @@ class Step(NamedTuple):
 class Plan(NamedTuple):
     steps: list[Step]
     tables: dict[str, int]  # of devices
-    complaints: list[str]  # devices that cannot be served, and why
+    complaints: list[str]  # devices that cannot be served, at least in one family, and why
 
 
 class Result(NamedTuple):
@@ -319,11 +321,11 @@ def serve(wish: Wish, verbose: bool, keep_going: bool = False) -> Result:
                     break
             if not keep_going:
                 check_needed(plan.steps, refused)
+            complaints = [*plan.complaints, *write_names(host, wish, plan.tables)]
         except (Failure, OSError, KeyboardInterrupt):
             if not keep_going:
                 take_back(done, verbose)
             raise
-        complaints = [*plan.complaints, *write_names(host, wish, plan.tables)]
     return Result(done, [*complaints, *refused.values()], is_whole=not refused)
 
 
@@ -492,8 +494,9 @@ def check_device(
     if not device.is_up:
         raise Failure(f"{name} is down; expected it up")
     for asked in (wish.gateway, wish.network):
-        is_concerned = name == wish.device and not wish.is_hook  # the hook of the other family
-        if asked and is_concerned and not device.addresses_of(asked.version):
+        # A hook gets -g for the family of its stanza. The device may not have its addresses yet.
+        is_by_hand = name == wish.device and not wish.is_hook
+        if asked and is_by_hand and not device.addresses_of(asked.version):
             raise Failure(f"{name} has no IPv{asked.version} address; {asked} needs one")
     for family in families or host.families:
         if device.addresses_of(family):
@@ -916,12 +919,14 @@ def step_to(route: Route, old: Route | None, wish: Wish) -> list[Step]:
 
 
 def is_same(one: Route, other: Route) -> bool:
-    """The words of a single hop may stand in another order: `via … onlink metric 50`."""
-    if "nexthop" in one.words + other.words:
-        return one == other
-    return one._replace(words=()) == other._replace(words=()) and sorted(one.words) == sorted(
-        other.words
-    )
+    """Where a single hop is onlink, `ip` prints that word behind the metric, not behind the hop."""
+    if "nexthop" not in one.words and ("onlink" in one.words) == ("onlink" in other.words):
+        one, other = without_onlink(one), without_onlink(other)
+    return one == other
+
+
+def without_onlink(route: Route) -> Route:
+    return route._replace(words=tuple(word for word in route.words if word != "onlink"))
 
 
 # --- acting ---
@@ -972,7 +977,13 @@ def ip(flags: str, lines: list[str], verbose: bool = False) -> tuple[str, dict[i
     if verbose:
         for line in lines:
             write_line(f"{shown} {line}")
-    done = run_batch(flags, lines)
+    return outcome(flags, lines, run_batch(flags, lines))
+
+
+def outcome(
+    flags: str, lines: list[str], done: subprocess.CompletedProcess[str]
+) -> tuple[str, dict[int, str]]:
+    shown = f"ip {flags}".replace(" -force", "")
     errors = {}
     for words, number in re.findall(r"(.*?)Command failed -:(\d+)", done.stderr, re.DOTALL):
         line = lines[int(number) - 1]
@@ -989,23 +1000,18 @@ def run_batch(flags: str, lines: list[str]) -> subprocess.CompletedProcess[str]:
     """Raises Failure, OSError."""
     command = ["ip", *flags.split(), "-batch", "-"]
     text = "".join(f"{line}\n" for line in lines)
-    for _ in range(LOOKS):
-        try:
-            done = subprocess.run(
-                command,
-                input=text,
-                capture_output=True,
-                encoding="utf-8",
-                errors="surrogateescape",  # a device's name may be any bytes
-                timeout=IP_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise Failure(f"{' '.join(command)}: no end after {IP_SECONDS} s") from None
-        # It says that of a list which has changed meanwhile, and goes on. Something may be missing.
-        if "Dump was interrupted" not in done.stderr:
-            break
-    return done
+    try:
+        return subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # a device's name may be any bytes
+            timeout=IP_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{' '.join(command)}: no end after {IP_SECONDS} s") from None
 
 
 # --- what the kernel and the rt_tables files say ---
@@ -1035,7 +1041,15 @@ def read_lines_of_ip(host: Host, family: int, lines: str) -> None:
 
 
 def ask(flags: str, lines: list[str]) -> str:
-    output, errors = ip(flags, lines)
+    """Raises Failure, OSError."""
+    for _ in range(LOOKS):
+        done = run_batch(flags, lines)
+        # `ip` says so of a list that has changed meanwhile, in which something may be missing.
+        if "Dump was interrupted" not in done.stderr:
+            break
+    else:
+        raise Failure(f"ip {flags}: the host changes faster than it can be read")
+    output, errors = outcome(flags, lines, done)
     for error in errors.values():
         raise Failure(error)
     return output
@@ -1055,7 +1069,7 @@ def read_devices(items: Any) -> dict[str, Device]:
                 is_ethernet=item["link_type"] in ("ether", "[1]")
                 and not os.path.exists(f"/sys/class/net/{name}/tun_flags"),
                 is_hardware=os.path.exists(f"/sys/class/net/{name}/device"),
-                addresses=tuple(read_addresses(item.get("addr_info", []))),
+                addresses=tuple(sort_addresses(read_addresses(item.get("addr_info", [])))),
             )
     return devices
 
@@ -1069,13 +1083,18 @@ def read_addresses(items: list[Any]) -> Iterator[Address]:
             local = checked_text(item["local"])
             text = local if length is None else f"{local}/{length}"
             network = ipaddress.ip_interface(text).network
-            # Scope link can be on purpose: such an address is nobody's first choice as a source.
-            is_local = item["scope"] in ("253", "link") and network.is_link_local
-            is_local = is_local or item["scope"] in ("254", "host")
-            if not is_local and "dadfailed" not in item:
-                label = item.get("label", "")
-                flags = "dynamic" in item, "tentative" in item
-                yield Address(local, network, label, *flags)
+            is_host = item["scope"] in ("254", "host")
+            is_link_local = item["scope"] in ("253", "link") and network.is_link_local
+            if is_host or is_link_local or "dadfailed" in item:
+                continue
+            label = item.get("label", "")
+            is_global = item["scope"] in ("0", "global")
+            yield Address(local, network, label, "dynamic" in item, "tentative" in item, is_global)
+
+
+def sort_addresses(addresses: Iterable[Address]) -> list[Address]:
+    """The kernel lists an address that is nobody's first choice as a source before the others."""
+    return sorted(addresses, key=lambda address: not address.is_first_choice)
 
 
 def checked_text(item: Any) -> str:
@@ -1166,9 +1185,10 @@ def write_names(host: Host, wish: Wish, tables: dict[str, int]) -> list[str]:
         path = f"{NAME_DIRECTORY}/{device}.conf"
         asked = wish.table if device == wish.device and not wish.table.isdecimal() else ""
         name = asked or device
-        if host.names.get(name) == table or not may_write_name(host, path, device, name):
+        has_name = table in host.names.values()
+        if host.names.get(name) == table or (has_name and not asked):
             continue
-        if table in host.names.values() and not asked:
+        if not may_write_name(host, path, device, name, table):
             continue
         try:
             write_file(path, f"{table} {name}\n")
@@ -1177,16 +1197,19 @@ def write_names(host: Host, wish: Wish, tables: dict[str, int]) -> list[str]:
     return []
 
 
-def may_write_name(host: Host, path: str, device: str, name: str) -> bool:
+def may_write_name(host: Host, path: str, device: str, name: str, table: int) -> bool:
     """Whether the name is free, and the file is an earlier run's, or is not there."""
     if not os.path.exists(path):
         return name not in host.names
     words = " ".join(read_lines(path)).split()
-    if len(words) != 2 or words[1] not in (device, name) or not words[0].isdecimal():
+    if len(words) != 2 or not words[0].isdecimal():
         return False
-    # A number that we would not choose, of a table in use, is somebody else's, whatever its name.
     number = int(words[0])
-    return number >= FREE_TABLES or number not in filled_tables(host)
+    if number == table:
+        return True
+    # An administrator may have a table of this name, too, such as the usual `101 eth1`.
+    is_free_to_move = number >= FREE_TABLES or number not in filled_tables(host)
+    return words[1] in (device, name) and is_free_to_move
 
 
 def write_file(path: str, text: str) -> None:
@@ -1431,7 +1454,7 @@ def main(argv: list[str] | None = None) -> int:
         say(error_text(error))
         return 1
     except KeyboardInterrupt:
-        say("interrupted, and what it had done is taken back")
+        say("interrupted")
         return 130
     return 0
 

@@ -29,6 +29,7 @@ Exit codes:
   2  usage error
   3  only from --status: no ENI of the name is attached here
   4  a person must act: no group, no usable ENI, another zone, no permission, no free slot
+  130  interrupted
 
 IAM actions: autoscaling:DescribeAutoScalingInstances, ec2:DescribeNetworkInterfaces,
   ec2:AttachNetworkInterface, ec2:DetachNetworkInterface
@@ -89,7 +90,7 @@ class Poll(NamedTuple):
 
 POLL_EC2 = Poll(quick=1.0, slow=5.0, slowest=15.0)
 POLL_LOCAL = Poll(quick=0.1, slow=0.1, slowest=1.5)  # IMDS and the lock
-POLL_DEVICE = Poll(quick=0.1, slow=0.5, slowest=1.5)  # the kernel: a process of `ip` each time
+POLL_DEVICE = Poll(quick=0.5, slow=0.5, slowest=1.5)  # the kernel: a process of `ip` each time
 
 DEVICE_INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type has more than 15 on a card
 ZONE_OR_REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"
@@ -303,7 +304,10 @@ def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     members = wait(lambda: aws.members(instances), deadline, POLL_EC2)
     report = describe_state(instance, enis, life_cycle_states(instances, members))
     exit_code = 3
-    for eni in own_enis(instance.id, enis):
+    own = own_enis(instance.id, enis)
+    if not own:
+        wait(lambda: aws.enis_of(instance.id), deadline, POLL_EC2)  # whether this is its account
+    for eni in own:
         if eni.is_attached_to(instance.id):
             exit_code = add_network(report, eni)
             break
@@ -541,9 +545,10 @@ class Claim:
                     return self.attach(step.eni)
                 self.release(step.eni)
             except Failure as error:
-                # In a detach, the instance that EC2 speaks of is the holder, not this one.
-                others_may_do = is_refusal if step.action == "release" else concerns_one_eni
-                if not others_may_do(error):
+                another_may_do = concerns_one_eni(error)
+                if step.action == "release":  # the instance that EC2 speaks of is the holder
+                    another_may_do = is_refusal(error)
+                if not another_may_do:
                     raise
                 refusals.append(error)
         raise nothing_left(refusals, decision.waiting_for)
@@ -553,7 +558,8 @@ class Claim:
         call = f"attach {eni.id}"
         self.refusals.check("attach anything")
         self.refusals.check(call)
-        maybe_ours = eni.id == self.lock.tried
+        was_granted = self.granted is not None and self.granted.id == eni.id
+        maybe_ours = was_granted or eni.id == self.lock.tried
         self.lock.remember(eni.id)
         try:
             attachment = self.aws.attach(eni.id, self.instance.id)
@@ -712,7 +718,9 @@ class Withdrawal:
         with self.lock.held():
             record = read_state_file(self.lock.state_file)
             held = self.aws.enis_of(self.instance.id)
-            if not self.targets:
+            if self.targets:
+                held += self.shown_late(held)
+            else:
                 held = self.choose_targets(held, record)
             if self.aws.dry_run:
                 self.rehearse()
@@ -753,6 +761,19 @@ class Withdrawal:
                 with contextlib.suppress(NotYet):
                     self.gateways[eni.attachment] = read_network(eni).gateway
         return own
+
+    def shown_late(self, held: Sequence[Eni]) -> list[Eni]:
+        """The targets that EC2 has shown, does not show now, and has not been asked to detach.
+
+        If they are gone, EC2 will say so.
+        """
+        held_ids = {eni.id for eni in held}
+        late: list[Eni] = []
+        for eni in self.targets.values():
+            is_asked = eni.attachment in self.ask_again_at or eni.attachment_status == "detaching"
+            if eni.id not in held_ids and not is_asked:
+                late.append(eni)
+        return late
 
     def find_suspects(self, held: Sequence[Eni], record: Mapping[str, str]) -> set[str]:
         """The ENIs that a run here has attached, or has tried to, and that EC2 does not show."""
@@ -1139,7 +1160,7 @@ class Aws:
         self.clients: dict[str, Any] = {}
         self.credentials_pause = CREDENTIAL_PAUSES[0]
         self.credentials_until = 0.0  # not before then are new ones fetched
-        self.imds_has_credentials = False  # though boto3 has none
+        self.imds_has_credentials = False  # as it had when boto3 last found none
 
     def enis_named(self, name: str) -> list[Eni]:
         """All ENIs with exactly that Name tag, in all zones of the region."""
@@ -1147,7 +1168,7 @@ class Aws:
         return [eni for eni in enis if eni.name == name]
 
     def enis_of(self, instance: str) -> list[Eni]:
-        """What the instance holds beside its primary ENI.
+        """What the instance holds that could be moved.
 
         Raises NeedsPerson if EC2 does not show even that: to another account, it shows nothing.
         """
@@ -1278,6 +1299,8 @@ class Aws:
             raise NeedsPerson(f"boto3: {one_line(error)}") from None
         except RuntimeError as error:
             # So botocore says that the credentials which it has just fetched have expired.
+            if "expired" not in str(error):
+                raise
             self.forget_credentials()
             raise NotYet(f"is this host's clock set? {action}: {one_line(error)}") from None
         # LookupError and the like: botocore trips over answers that are not AWS's, or IMDS's.
@@ -1578,6 +1601,7 @@ def read_network(eni: Eni) -> Network:
     device = find_device(eni.mac)
     if device is None:
         raise NotYet(f"no device with {eni.id}'s MAC address {eni.mac} has appeared")
+    # `ip` shows an address in a VRF, too, to which a socket could not be bound.
     for address in read_addresses(device):
         unusable = address.get("tentative") or address.get("dadfailed")
         if same_address(address.get("local"), eni.ip) and not unusable:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import places
 import pytest
 from hypothesis import settings
-from lab import Lab, Machine, outcomes
+from lab import Lab, Machine, await_that, outcomes
 from lab.kernel import Kernel
 from lab.vpc import in_lab
 from lab.world import HOOKS, WATCH, Subject, World
@@ -28,7 +29,6 @@ settings.load_profile("steady")
 # Where there is no lab: "none: " and why, set by tests/run.
 NO_LAB = os.environ.get("ENI_LAB", "").partition("none: ")[2]
 could_not_run: list[str] = []
-TURN = pytest.StashKey[int]()  # of a test with virtual machines: which of the turns it takes
 
 # The routing cases' columns. Another script, named by ADD_ROUTES, is judged with hooks alone, and
 # has a column of the name that ADD_ROUTES_COLUMN says.
@@ -60,12 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item.get_closest_marker("pure")]
     longest = [item for item in items if item.get_closest_marker("virtual_machine")]
     others = [item for item in items if item not in longest]
-    # Workers of pytest-xdist begin with two tests each.
-    places_of_longest = [0, 2, *(n * len(others) // len(longest) for n in range(1, len(longest)))]
-    for number, item in reversed(list(enumerate(longest))):
-        item.stash[TURN] = number % (os.cpu_count() or 1)
-        others.insert(places_of_longest[number], item)
-    items[:] = others
+    # The first two begin at once: workers of pytest-xdist begin with two tests each.
+    places_of_longest = [0, 1]
+    for number in range(1, len(longest)):
+        places_of_longest.append(max(1, number * len(others) // len(longest)))
+    merged: list[tuple[float, pytest.Item]] = list(enumerate(others))
+    merged += [(place - 0.5, item) for place, item in zip(places_of_longest, longest)]
+    items[:] = [item for _, item in sorted(merged, key=lambda pair: pair[0])]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -123,13 +124,25 @@ def pure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def turn(request: pytest.FixtureRequest) -> Iterator[None]:
     """As many stories of virtual machines at a time as there are processors. The more there are,
     the less of one each guest gets, and a guest with too little of it fails in ways of its own."""
-    if TURN not in request.node.stash:
+    if not request.node.get_closest_marker("virtual_machine"):
         yield
         return
-    path = Path(tempfile.gettempdir(), f"turn-{request.node.stash[TURN]}")
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    folder = Path(tempfile.gettempdir())  # one for all workers
+    with contextlib.ExitStack() as stack:
+        turns = []
+        for number in range(os.cpu_count() or 1):
+            turns.append(stack.enter_context(Path(folder, f"turn-{number}").open("w")))
+        await_that(lambda: any(map(is_taken, turns)), seconds=math.inf)
         yield
+
+
+def is_taken(turn: IO[str]) -> bool:
+    """Take the turn, unless another worker has it; it ends when the file is closed."""
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,6 @@ def wishes(draw: st.DrawFn) -> Wish:
     device = draw(st.sampled_from(DEVICES))
     default = draw(st.sampled_from(["", device]))
     if draw(st.booleans()):
-        return Wish(device=device, default=default)
+        return Wish(device=device, default=default, is_hook=draw(st.booleans()))
     patterns = draw(st.sampled_from([("*",), ("eth*",), ("ens5", "eth1"), ()]))
     return Wish(patterns=patterns, hardware=not patterns, default=default)

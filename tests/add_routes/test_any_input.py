@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,14 @@ odd_lines = odd_words.map(" ".join)
 def test_whatever_ip_says_add_routes_ends_in_a_plan_or_in_one_line(
     document: Any, lines: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def ip(flags: str, *_: object) -> tuple[str, dict[int, str]]:
-        if "json" in flags:
-            return json.dumps(document), {}
-        return "".join(f"{line}\n" for line in [*lines, *LINES]), {}
+    def run_batch(flags: str, *_: object) -> subprocess.CompletedProcess[str]:
+        said = "".join(f"{line}\n" for line in [*lines, *LINES])
+        return subprocess.CompletedProcess(
+            [], 0, json.dumps(document) if "json" in flags else said, ""
+        )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(add_routes, "ip", ip)
+        patch.setattr(add_routes, "run_batch", run_batch)
         code = add_routes.main(["-d", "eth1", "--dry-run"])
     said = capfd.readouterr()
     assert code in (0, 1)

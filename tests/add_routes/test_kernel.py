@@ -240,8 +240,10 @@ def test_a_table_can_be_given_by_name_or_number(bare: Kernel) -> None:
 
 def test_a_table_that_has_a_name_can_be_given_another(bare: Kernel) -> None:
     bare.add_device("ens5", "10.0.5.9/24")
-    bare.serve("-d ens5", "-d ens5 -t web")
-    assert "dev ens5" in bare.sh("ip route show table web")
+    bare.serve("-d ens5")
+    for name in ("web", "api"):
+        bare.serve(f"-d ens5 -t {name}")
+        assert "dev ens5" in bare.sh(f"ip route show table {name}")
 
 
 @pytest.mark.parametrize(
@@ -273,19 +275,21 @@ def test_a_name_moves_to_a_new_table_with_its_device(bare: Kernel) -> None:
 def test_everybody_can_read_the_names_of_the_tables_and_nobody_hold_the_lock(bare: Kernel) -> None:
     bare.add_device("ens5", "10.0.5.9/24")
     for umask in ("077", "022"):
-        bare.sh(f"umask {umask}; rm -rf /etc/iproute2/rt_tables.d; {SCRIPT} -d ens5")
+        bare.sh("rm -rf /etc/iproute2/rt_tables.d /run/add_routes.lock")
+        bare.sh(f"umask {umask}; {SCRIPT} -d ens5")
         files = "/etc/iproute2/rt_tables.d /etc/iproute2/rt_tables.d/ens5.conf /run/add_routes.lock"
         assert bare.sh(f"stat -c %a {files}").split() == ["755", "644", "600"]
 
 
 def test_an_address_that_is_never_the_first_choice_has_a_rule_too(kernel: Kernel) -> None:
     """So keepalived can make them: scope link."""
-    kernel.sh("ip addr add 10.0.1.40/32 dev eth1 scope link")
+    kernel.sh("ip addr add 10.0.1.40/28 dev eth1 scope link")
     kernel.sh("ip addr add 10.0.1.41/32 dev eth1 scope site")
     kernel.sh("ip addr add 169.254.9.9/32 dev eth1 scope global")
     kernel.serve("-d eth1")
     for source in ("10.0.1.40", "10.0.1.41", "169.254.9.9"):
         assert kernel.device_to("198.51.100.1", source) == "eth1"
+    assert kernel.table(101)[0].startswith("default via 10.0.1.1 dev eth1")
     assert not [rule for rule in kernel.rules() if "fe80::" in rule]
 
 
@@ -313,6 +317,13 @@ def test_a_list_that_has_changed_while_it_was_read_is_read_again(kernel: Kernel)
         done = kernel.add_routes("-d eth0", **kernel.fake_ip(action, at))
         assert (done.returncode, done.stderr) == (0, "")
         assert kernel.state() == before
+    always = kernel.fake_ip(action)
+    fake = kernel.directory / "ip"
+    fake.write_text(fake.read_text().replace('[ $(wc -l < "$CALLS") = "$AT" ]', "true"))
+    done = kernel.add_routes("-d eth0", **always)
+    assert done.returncode == 1
+    assert "the host changes faster than it can be read" in done.stderr
+    assert kernel.state() == before
 
 
 def test_without_a_writable_etc_the_numbers_stay(bare: Kernel) -> None:

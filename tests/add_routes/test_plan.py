@@ -221,6 +221,19 @@ def test_a_family_without_a_gateway_costs_the_other_one_nothing() -> None:
     assert [step for step in found.steps if step.family == 6] == []
 
 
+def test_two_numbers_that_change_places_are_another_route() -> None:
+    line = "10.9.0.0/16 via 10.0.3.9 dev eth1 initcwnd 10 initrwnd 20"
+    known = served(two_enis(routes=[*TWO_ENIS, line]), "eth1")
+    routes = [
+        route._replace(words=(*route.words[:-4], "initcwnd", "20", "initrwnd", "10"))
+        if route.destination == "10.9.0.0/16" and route.table == add_routes.MAIN
+        else route
+        for route in known.routes
+    ]
+    (step,) = plan(known._replace(routes=routes), "eth1")
+    assert step.startswith("route replace 10.9.0.0/16 ")
+
+
 def test_default_outlives_a_moment_without_an_address() -> None:
     host = served(two_enis(), "eth1", default="eth1")
     bare = host._replace(devices={**host.devices, "eth1": make_device(group=7700)})

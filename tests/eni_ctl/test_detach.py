@@ -108,10 +108,12 @@ def test_an_eni_that_only_the_second_answer_shows_is_detached_too(
     await_that(lambda: holder(lab, eni) == machine.instance.id)
     killed.kill()
     killed.communicate()
-    lab.aws.next_lags = [OUTER_LIMIT, 0]
+    lab.aws.next_lags = [OUTER_LIMIT, 0, OUTER_LIMIT]
+    words = "The network interface attachment is not in a valid state."  # [ours]
+    lab.aws.refuse("DetachNetworkInterface", eni, "IncorrectState", words, times=1)
     done = machine.eni_ctl("-d")
     assert (done.returncode, done.stdout) == (0, f"detached {eni} (10.0.1.22)\n"), done.stderr
-    assert [c.action for c in lab.aws.calls].count("DetachNetworkInterface") == 1
+    assert [c.action for c in lab.aws.calls].count("DetachNetworkInterface") == 2
     assert lab.aws.eni(eni).attachment_id is None
 
 

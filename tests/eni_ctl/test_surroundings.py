@@ -87,7 +87,7 @@ def test_a_setting_that_boto3_cannot_use_needs_a_person_and_is_named(
     assert told in last_line(done).lower()
 
 
-@pytest.mark.parametrize("verb", [["-d"], ["-a", "-n", "web"]], ids=["-d", "-a"])
+@pytest.mark.parametrize("verb", [["-d"], ["-a", "-n", "web"], ["-s", "-n", "web"]])
 def test_another_accounts_credentials_prove_nothing_about_the_attachment(
     lab: Lab, machine: Machine, eni: str, verb: list[str]
 ) -> None:
