@@ -765,13 +765,15 @@ class Withdrawal:
     def shown_late(self, held: Sequence[Eni]) -> list[Eni]:
         """The targets that EC2 has shown, does not show now, and has not been asked to detach.
 
-        If they are gone, EC2 will say so.
+        If they are gone, EC2 says so, or denies it: no tag of what is gone allows anything.
         """
         held_ids = {eni.id for eni in held}
         late: list[Eni] = []
         for eni in self.targets.values():
             is_asked = eni.attachment in self.ask_again_at or eni.attachment_status == "detaching"
-            if eni.id not in held_ids and not is_asked:
+            refusal = self.refusals.by_call.get(f"detach {eni.attachment}")
+            is_denied = refusal is not None and refusal.error.aws_code in DENIED
+            if eni.id not in held_ids and not is_asked and not is_denied:
                 late.append(eni)
         return late
 
