@@ -709,6 +709,7 @@ class Withdrawal:
         self.deadline = deadline
         self.named = options.name is not None
         self.targets: dict[str, Eni] = {}  # by attachment
+        self.refused: set[str] = set()  # attachments that EC2 has surely not begun to detach
         self.gateways: dict[str, str] = {}  # by attachment
         self.ask_again_at: dict[str, float] = {}  # by attachment, where EC2 does not show it yet
         self.refusals = Refusals(deadline)
@@ -763,17 +764,14 @@ class Withdrawal:
         return own
 
     def shown_late(self, held: Sequence[Eni]) -> list[Eni]:
-        """The targets that EC2 has shown, does not show now, and has not been asked to detach.
+        """The targets that EC2 has shown, has then refused to detach, and does not show now.
 
-        If they are gone, EC2 says so, or denies it: no tag of what is gone allows anything.
+        If they are gone meanwhile, EC2 says so when it is asked again.
         """
         held_ids = {eni.id for eni in held}
         late: list[Eni] = []
         for eni in self.targets.values():
-            is_asked = eni.attachment in self.ask_again_at or eni.attachment_status == "detaching"
-            refusal = self.refusals.by_call.get(f"detach {eni.attachment}")
-            is_denied = refusal is not None and refusal.error.aws_code in DENIED
-            if eni.id not in held_ids and not is_asked and not is_denied:
+            if eni.attachment in self.refused and eni.id not in held_ids:
                 late.append(eni)
         return late
 
@@ -823,9 +821,14 @@ class Withdrawal:
             return
         call = f"detach {eni.attachment}"
         self.refusals.check(call)
+        self.refused.discard(eni.attachment)
         try:
             self.aws.detach(eni.attachment)
         except Failure as error:
+            # Not by other errors, which say nothing about the effect, nor by a denial: no policy
+            # allows anything for an attachment that is gone, and has no tags.
+            if error.aws_code in THROTTLED or (is_refusal(error) and error.aws_code not in DENIED):
+                self.refused.add(eni.attachment)
             if not is_refusal(error):
                 raise
             raise self.refusals.note(call, about(eni, error)) from None
