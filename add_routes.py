@@ -973,21 +973,25 @@ def take_back(done: list[Step], verbose: bool) -> None:
 def ip(flags: str, lines: list[str], verbose: bool = False) -> tuple[str, dict[int, str]]:
     """Run all lines by one `ip -batch`: its output, and what it said of each line that failed.
     Raises Failure where it does not say which line that was."""
-    shown = f"ip {flags}".replace(" -force", "")
     if verbose:
         for line in lines:
-            write_line(f"{shown} {line}")
+            write_line(f"{as_typed(flags)} {line}")
     return outcome(flags, lines, run_batch(flags, lines))
+
+
+def as_typed(flags: str) -> str:
+    """The beginning of a command as a person would type it, for messages."""
+    return f"ip {flags}".replace(" -force", "")
 
 
 def outcome(
     flags: str, lines: list[str], done: subprocess.CompletedProcess[str]
 ) -> tuple[str, dict[int, str]]:
-    shown = f"ip {flags}".replace(" -force", "")
+    """What `ip -batch` has said, as ip() tells it. Raises Failure as ip() does."""
     errors = {}
     for words, number in re.findall(r"(.*?)Command failed -:(\d+)", done.stderr, re.DOTALL):
         line = lines[int(number) - 1]
-        errors[int(number) - 1] = f"{shown} {line}: {' '.join(words.split())}"
+        errors[int(number) - 1] = f"{as_typed(flags)} {line}: {' '.join(words.split())}"
     words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     if done.returncode == MISREAD:
         raise Misread(words)

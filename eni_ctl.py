@@ -306,7 +306,7 @@ def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     exit_code = 3
     own = own_enis(instance.id, enis)
     if not own:
-        wait(lambda: aws.enis_of(instance.id), deadline, POLL_EC2)  # whether this is its account
+        wait(lambda: aws.enis_of(instance.id), deadline, POLL_EC2)  # raises for another account
     for eni in own:
         if eni.is_attached_to(instance.id):
             exit_code = add_network(report, eni)
@@ -825,8 +825,8 @@ class Withdrawal:
         try:
             self.aws.detach(eni.attachment)
         except Failure as error:
-            # Not by other errors, which say nothing about the effect, nor by a denial: no policy
-            # allows anything for an attachment that is gone, and has no tags.
+            # Other errors do not tell whether EC2 has begun. Nor does a denial: no policy allows
+            # anything for an attachment that is gone, and has no tags.
             if error.aws_code in THROTTLED or (is_refusal(error) and error.aws_code not in DENIED):
                 self.refused.add(eni.attachment)
             if not is_refusal(error):
@@ -1175,7 +1175,7 @@ class Aws:
     def enis_of(self, instance: str) -> list[Eni]:
         """What the instance holds that could be moved.
 
-        Raises NeedsPerson if EC2 does not show even that: to another account, it shows nothing.
+        Raises NeedsPerson if EC2 does not even show the primary ENI: so it is for another account.
         """
         enis = self.enis("attachment.instance-id", [instance])
         if not enis:

@@ -111,9 +111,9 @@ ACCELERATOR = {
     "tcg": ["-accel", "tcg,tb-size=128", "-cpu", "qemu64,-cx16"],
 }
 
-# no_timer_check: Debian 11's kernel panics ("IO-APIC + timer doesn't work!") if its timer does not
-# tick often enough in a moment, as in a guest that gets too little of a processor. Under KVM, as on
-# EC2, the kernel leaves that check out by itself (linux, arch/x86/kernel/kvm.c).
+# no_timer_check: Debian 11's and 13's kernels panicked ("IO-APIC + timer doesn't work!") in guests
+# that got too little of a processor, so that their timer did not tick often enough in a moment.
+# Under KVM, as on EC2, the kernel leaves that check out by itself (linux, arch/x86/kernel/kvm.c).
 KERNEL = "root=/dev/nvme0n1 rw console=ttyS0 quiet systemd.show_status=true no_timer_check"
 
 # How long to wait for a guest. Its own processor time tells whether it gets anywhere: a boot takes
