@@ -6,7 +6,8 @@ the ENIs with that Name tag, attaches one, waits for its device and address, and
 file. A free ENI is attached. An ENI of a terminating instance is detached there first. An ENI of an
 instance in service is never taken, unless by --force: this program waits for it.
 
-Each run may be killed at any point, and be started again. Each ends before its deadline.
+Each run may be killed at any point, and be started again. It ends at its deadline (-t) at the
+latest, or a second later.
 
 Examples:
   eni_ctl.py -a                  attach, as eni.service does at boot
@@ -90,9 +91,11 @@ class Poll(NamedTuple):
 
 POLL_EC2 = Poll(quick=1.0, slow=5.0, slowest=15.0)
 POLL_LOCAL = Poll(quick=0.1, slow=0.1, slowest=1.5)  # IMDS and the lock
-POLL_DEVICE = Poll(quick=0.5, slow=0.5, slowest=1.5)  # the kernel: a process of `ip` each time
+POLL_DEVICE = Poll(quick=0.1, slow=0.5, slowest=1.5)  # the kernel, by a process of `ip`
 
-DEVICE_INDEXES = range(1, 16)  # 0 is the primary ENI; no instance type has more than 15 on a card
+# 0 is the primary ENI. The largest instance types of 2026 have 24 ENIs on a card (EC2's
+# DescribeInstanceTypes, MaximumNetworkInterfaces). EC2 itself says when there is no room for more.
+DEVICE_INDEXES = range(1, 64)
 ZONE_OR_REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"
 NO_GROUP = "in no group"  # stands for the life-cycle state of an instance that has none
 IPV6_ROUTER = "fe80:ec2::1"  # of every VPC subnet (VPC user guide, "Configure route tables")
@@ -134,10 +137,12 @@ class DryRun(Exception):
 
 # AWS's error codes, by what they mean here (EC2 API reference, "Error codes").
 IN_USE = "InvalidNetworkInterface.InUse"
-INDEX_TAKEN = "device index taken"  # our word: EC2's InvalidParameterValue says many things
-NOT_PERMITTED_HERE = "AuthFailure of an ENI"  # our word, too
 DETACHED_ALREADY = "InvalidAttachmentID.NotFound"
 NO_FREE_SLOT = "AttachmentLimitExceeded"
+# Codes of our own, because AWS's say many things: aws_failure() makes the first of an
+# InvalidParameterValue about a device index, the second of an AuthFailure about an ENI.
+INDEX_TAKEN = "device index taken"
+NOT_PERMITTED_HERE = "AuthFailure of an ENI"
 DENIED = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"}
 CLOCK_NOT_SET = {
     "SignatureDoesNotMatch",
@@ -476,9 +481,12 @@ class Claim:
         self.states: dict[str, str] = {}  # the holders' life-cycle states
         self.states_read = deadline.elapsed()  # our own has just been read
         self.granted: Eni | None = None  # what EC2 let this run attach
-        self.unseen_since: dict[str, float] = {}  # by ENI: in use, and not shown by whom
-        self.detaching_since: dict[str, float] = {}  # by attachment, as EC2 shows it
-        self.ask_again_at: dict[str, float] = {}  # by attachment, where EC2 does not show it yet
+        # By ENI: when EC2 first called it in use and did not show a holder.
+        self.unseen_since: dict[str, float] = {}
+        # By attachment: since when EC2 shows that it is being detached.
+        self.detaching_since: dict[str, float] = {}
+        # By attachment: when to repeat a detach that EC2 has accepted and does not show.
+        self.ask_again_at: dict[str, float] = {}
         self.refusals = Refusals(deadline)
         self.record_is_checked = False
 
@@ -580,7 +588,7 @@ class Claim:
         return self.granted
 
     def await_own(self, eni: Eni, call: str) -> None:
-        """For an ENI that EC2 shows as free and calls in use, and that a run here has tried.
+        """Wait for an ENI that EC2 lists as free, but refuses as in use, and that a run here tried.
 
         It is probably ours: EC2 shows an attachment late. Without this, the run would take a second
         ENI of the pool. Raises NotYet; returns when EC2 has had the time to show it.
@@ -711,7 +719,8 @@ class Withdrawal:
         self.targets: dict[str, Eni] = {}  # by attachment
         self.refused: set[str] = set()  # attachments that EC2 has surely not begun to detach
         self.gateways: dict[str, str] = {}  # by attachment
-        self.ask_again_at: dict[str, float] = {}  # by attachment, where EC2 does not show it yet
+        # By attachment: when to repeat a detach that EC2 has accepted and does not show.
+        self.ask_again_at: dict[str, float] = {}
         self.refusals = Refusals(deadline)
 
     def step(self) -> list[Eni]:
@@ -764,7 +773,7 @@ class Withdrawal:
         return own
 
     def shown_late(self, held: Sequence[Eni]) -> list[Eni]:
-        """The targets that EC2 has shown, has then refused to detach, and does not show now.
+        """The targets whose detach EC2 has refused, and which it does not list any more.
 
         If they are gone meanwhile, EC2 says so when it is asked again.
         """
@@ -825,8 +834,8 @@ class Withdrawal:
         try:
             self.aws.detach(eni.attachment)
         except Failure as error:
-            # Other errors do not tell whether EC2 has begun. Nor does a denial: no policy allows
-            # anything for an attachment that is gone, and has no tags.
+            # Only these errors prove that EC2 has not begun. A denial does not: an attachment that
+            # is gone has no tags, so a policy with tags in its condition denies its detach.
             if error.aws_code in THROTTLED or (is_refusal(error) and error.aws_code not in DENIED):
                 self.refused.add(eni.attachment)
             if not is_refusal(error):
@@ -884,7 +893,7 @@ class Refusals:
             raise refusal.error.with_traceback(None)
 
     def note(self, call: str, error: Failure) -> Failure:
-        """The error, noted; it is logged if it is not the one of the last time."""
+        """Keep the error, and return it. It is logged if its text is new."""
         first, longest = REFUSAL_PAUSES
         last = self.by_call.get(call)
         pause = min(last.pause * 2, longest) if last else first
@@ -1023,7 +1032,7 @@ def add_group(instance: Instance, aws: Aws, name: str | None) -> Instance:
         return instance
     if not member.group or not member.state:
         raise Overloaded(
-            f"DescribeAutoScalingInstances: {instance.id} without its group or its life-cycle state"
+            f"DescribeAutoScalingInstances: an answer without {instance.id}'s group or state"
         )
     return instance._replace(name=instance.name or member.group, state=member.state)
 
@@ -1175,7 +1184,8 @@ class Aws:
     def enis_of(self, instance: str) -> list[Eni]:
         """What the instance holds that could be moved.
 
-        Raises NeedsPerson if EC2 does not even show the primary ENI: so it is for another account.
+        Raises NeedsPerson if EC2 does not even show the primary ENI, because then the credentials
+        belong to another account.
         """
         enis = self.enis("attachment.instance-id", [instance])
         if not enis:
@@ -1611,7 +1621,7 @@ def read_network(eni: Eni) -> Network:
         unusable = address.get("tentative") or address.get("dadfailed")
         if same_address(address.get("local"), eni.ip) and not unusable:
             prefix = number_of(address, "prefixlen", -1)
-            return Network(device, prefix, gateway_of(eni.ip, prefix))
+            return Network(device, prefix, gateway_of(device, eni.ip, prefix))
     raise NotYet(f"{device} is not up with {eni.id}'s address {eni.ip}")
 
 
@@ -1634,7 +1644,7 @@ def has_rule(ip: str) -> bool:
     return any(same_address(rule.get("src"), ip) for rule in dicts(rules))
 
 
-def gateway_of(ip: str, prefix: int) -> str:
+def gateway_of(device: str, ip: str, prefix: int) -> str:
     """A VPC's router has the first address of every IPv4 subnet, and the same one in IPv6.
 
     Raises NotYet for a prefix length that is none.
@@ -1644,7 +1654,7 @@ def gateway_of(ip: str, prefix: int) -> str:
     try:
         interface = ipaddress.ip_interface(f"{ip}/{prefix}")
     except ValueError:
-        raise NotYet(f"ip -json addr show dev: {ip} has no prefix length") from None
+        raise NotYet(f"ip -json addr show dev {device}: {ip} has no prefix length") from None
     if interface.version == 6:
         return IPV6_ROUTER
     return str(interface.network.network_address + 1)
@@ -1945,7 +1955,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-t", "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
         help="deadline for the whole run (default %(default)g)")  # fmt: skip
     add("-f", "--force", action="store_true", help="take the ENI even from a holder in service")
-    add("-o", "--state-file", default=STATE_FILE, metavar="FILE", help="default %(default)s")
+    add("-o", "--state-file", default=STATE_FILE, metavar="FILE",
+        help="state file (default %(default)s)")  # fmt: skip
     add("--dry-run", action="store_true", help="say what would be done; ask EC2 if it is allowed")
     add("--json", action="store_true", help="the report of --status for programs")
     add("-v", "--verbose", action="store_true", help="report each request and command")

@@ -341,6 +341,20 @@ def test_a_taken_device_index_is_passed_over(lab: Lab, subnet: str, machine: Mac
     assert indexes == ["1", "2"]
 
 
+def test_an_instance_may_have_more_network_interfaces_than_sixteen(lab: Lab, subnet: str) -> None:
+    """Some types have 24 (EC2's DescribeInstanceTypes, MaximumNetworkInterfaces, of 2026)."""
+    lab.aws.create_eni(subnet, name="web")
+    machine = lab.launch(subnet, group="web", max_interfaces=24)
+    for index in range(1, 17):
+        other = lab.aws.create_eni(subnet, name="data")
+        lab.aws.attach(lab.aws.lab_eni(other), machine.instance, index)
+    await_that(lambda: len(machine.device_of) == 16)
+    done = machine.eni_ctl("-a")
+    assert done.returncode == 0, done.stderr
+    indexes = [c.params["DeviceIndex"] for c in lab.aws.calls if "DeviceIndex" in c.params]
+    assert indexes[-1] == "17"
+
+
 def test_an_instance_without_a_free_slot_needs_a_person(lab: Lab, subnet: str, eni: str) -> None:
     machine = lab.launch(subnet, group="web", max_interfaces=1)
     done = machine.eni_ctl("-a")

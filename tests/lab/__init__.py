@@ -43,7 +43,7 @@ class Machine(Host):
             source = TOP / script
             if source.exists():
                 self.write(f"/usr/local/sbin/{script}", source.read_text(), 0o755)
-        self.device_names = [f"eth{n}" for n in range(1, 16)]  # for what is plugged in later
+        self.device_names = [f"eth{n}" for n in range(1, 32)]  # for what is plugged in later
         self.device_of: dict[str, str] = {}  # MAC address: device
         self.configures = True  # whether its network set-up cares for new devices
         self.ifupdown = False  # whether that set-up is ifupdown's
