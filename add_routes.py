@@ -23,7 +23,8 @@ So every run looks at the whole host and makes these, in IPv4 and IPv6, where th
 ifupdown calls this program for each device: in `up`, and in `down` with -r. Or --watch serves all
 hardware devices, and looks again at each change. It serves the devices named so far and those of
 main's default routes, too. While main's own device is the only one, main is right, and nothing is
-made. What this program makes carries protocol 77 (78: as -g or -n says); it changes nothing else.
+made. The rules and routes of this program carry protocol 77 (78: as -g or -n says); it changes no
+others.
 
 Examples:
   add_routes.py -d ens6              serve one device, and look after the others
@@ -36,6 +37,7 @@ Examples:
 Files:
   /etc/iproute2/rt_tables.d/DEVICE.conf   the name of the device's table, so that its number stays
   /run/add_routes.lock                    held during each run
+  /run/add_routes.watch.lock              held by --watch as long as it runs
 
 Exit codes:
   0  done, or nothing to change
@@ -115,7 +117,9 @@ LOCK_SECONDS = 30  # a run takes a tenth of a second
 WATCH_LOCK = "/run/add_routes.watch.lock"
 IP_SECONDS = 10
 MISREAD = 255  # the exit code of `ip` for a word that it does not know
-LOOKS = 4  # where `ip` refuses a step, the host has changed meanwhile: look again so often
+# A run looks at the host at most this often. It looks again where `ip` refused a step, because the
+# host may have changed meanwhile.
+LOOKS = 4
 
 # What --watch hears: links, addresses, routes, rules and nexthop objects
 # (linux/rtnetlink.h, RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE and so on).
@@ -148,7 +152,7 @@ class Misread(Failure):
     """`ip` did not understand a line, ended, and did not say which line it was."""
 
 
-class Wish(NamedTuple):  # not a dataclass: importing those costs 9 ms, a fifth of a run
+class Wish(NamedTuple):  # not a dataclass: importing those costs 9 ms in each run
     """What the command line asks for."""
 
     device: str = ""  # must be served, or the run fails
@@ -583,7 +587,11 @@ def plan_table(
 def plan_detours(
     host: Host, family: int, rivals: set[str], own: list[Route], default: Route
 ) -> list[Route]:
-    """What the table of main's own device needs, because main would leave by a rival there."""
+    """Routes to where main sends by another served device, for the table of main's own device.
+
+    With ens5 as main's own, and ens6 in 10.0.16.0/20, main sends from ens5's address to 10.0.16.7
+    by ens6. So table ens5 gets a route to 10.0.16.0/20 by ens5's gateway, which rule DETOUR uses.
+    """
     disputed = {}
     for route in host.main_routes(family):
         if route.destination != "default" and not rivals.isdisjoint(route.devices):
@@ -1015,7 +1023,7 @@ def run_batch(flags: str, lines: list[str]) -> subprocess.CompletedProcess[str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise Failure(f"{' '.join(command)}: no end after {IP_SECONDS} s") from None
+        raise Failure(f"{' '.join(command)}: did not finish within {IP_SECONDS} s") from None
 
 
 # --- what the kernel and the rt_tables files say ---
@@ -1364,12 +1372,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-d", "--device", action="append", default=[], help="default: ifupdown's $IFACE")
+    add("-d", "--device", action="append", default=[],
+        help="default: ifupdown's $IFACE; with --watch a pattern, such as 'ens*'")  # fmt: skip
     add("-g", "--gateway", type=ipaddress.ip_address, help="default: main's, or subnet's base + 1")
     add("-n", "--network", type=network, help="default: those of the device's addresses")
     add("-t", "--table", default="", help="name or number; default: 100+N for ethN, or a free one")
     add("-r", "--remove", action="store_true", help="remove what belongs to the device")
-    add("--default", nargs="?", const=True, help="also for what has no source address yet")
+    add("--default", nargs="?", const=True,
+        help="for packets without a source address, and forwarded ones, too")  # fmt: skip
     add("--watch", action="store_true", help="serve all hardware devices for ever")
     add("--dry-run", action="store_true", help="print the commands of `ip`, and change nothing")
     add(
@@ -1436,7 +1446,7 @@ def write_line(text: str) -> None:
 
 
 def error_text(error: Failure | OSError) -> str:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
