@@ -563,29 +563,33 @@ class Claim:
 
     def attach(self, eni: Eni) -> Eni:
         """Claim the ENI: this call of EC2 is the claim, and nothing else is."""
-        call = f"attach {eni.id}"
         self.refusals.check("attach anything")
-        self.refusals.check(call)
-        was_granted = self.granted is not None and self.granted.id == eni.id
-        maybe_ours = was_granted or eni.id == self.lock.tried
+        self.refusals.check(f"attach {eni.id}")
+        was_tried = eni.id == self.lock.tried
         self.lock.remember(eni.id)
         try:
             attachment = self.aws.attach(eni.id, self.instance.id)
         except Failure as error:
             if not is_refusal(error):
                 raise  # the call may have taken effect all the same
-            if error.aws_code == IN_USE and maybe_ours:
-                if self.granted and self.granted.id == eni.id:
-                    return self.granted
-                self.await_own(eni, call)
-            self.lock.remember("")
-            if not concerns_one_eni(error):
-                call = "attach anything"
-            raise self.refusals.note(call, about(eni, error)) from None
+            return self.find_own(eni, was_tried, error)
         self.granted = eni._replace(
             holder=self.instance.id, attachment=attachment, attachment_status="attaching"
         )
         return self.granted
+
+    def find_own(self, eni: Eni, was_tried: bool, error: Failure) -> Eni:
+        """The ENI that EC2 refused to attach, if it is ours already; otherwise raises the error."""
+        call = f"attach {eni.id}"
+        if error.aws_code == IN_USE:
+            if self.granted and self.granted.id == eni.id:
+                return self.granted
+            if was_tried:
+                self.await_own(eni, call)
+        self.lock.remember("")
+        if not concerns_one_eni(error):
+            call = "attach anything"
+        raise self.refusals.note(call, about(eni, error)) from None
 
     def await_own(self, eni: Eni, call: str) -> None:
         """Wait for an ENI that EC2 lists as free, but refuses as in use, and that a run here tried.
@@ -631,19 +635,24 @@ class Claim:
     def retire_stale_record(self, enis: Sequence[Eni]) -> None:
         """Take the attachment out of a state file where EC2 does not show it here any more."""
         record = read_state_file(self.lock.state_file)
-        recorded = record.get("ENI_ID", NULL)
         if self.record_is_checked or not has_attachment(record):
             return
+        if not self.is_here(record.get("ENI_ID", NULL), enis):
+            # A file that cannot be written is not tried again at each poll.
+            self.record_is_checked = not retire(self.lock.state_file, record)
+
+    def is_here(self, recorded: str, enis: Sequence[Eni]) -> bool:
+        """Whether EC2 shows the recorded ENI at this instance, or its device is still there.
+
+        For an ENI that does not have the name any more, EC2 is asked once in a run.
+        """
         shown = [eni for eni in enis if eni.id == recorded]
-        if not shown:  # it may have another name
+        if not shown:
             shown = self.aws.enis_with_ids({recorded})
-            if not shown:  # it has been deleted, or these are another account's credentials
-                self.aws.enis_of(self.instance.id)
             self.record_is_checked = True
-        for eni in shown:
-            if eni.holder == self.instance.id or find_device(eni.mac):
-                return
-        self.record_is_checked = not retire(self.lock.state_file, record)
+        if not shown:  # it has been deleted, or this raises, because the account is another one
+            self.aws.enis_of(self.instance.id)
+        return any(eni.holder == self.instance.id or find_device(eni.mac) for eni in shown)
 
 
 def retire_foreign_record(instance: Instance, lock: Lock) -> None:
@@ -731,7 +740,8 @@ class Withdrawal:
             if self.targets:
                 held += self.shown_late(held)
             else:
-                held = self.choose_targets(held, record)
+                held = own_enis(self.instance.id, [*held, *self.read_suspects(held, record)])
+                self.note_targets(held, record)
             if self.aws.dry_run:
                 self.rehearse()
             refusals = self.detach_targets(held)
@@ -752,25 +762,34 @@ class Withdrawal:
         if all(eni.attachment_status == "detaching" for eni in self.targets.values()):
             raise DryRun(f"would wait: {join_ids(self.targets.values())} is being detached")
 
-    def choose_targets(self, held: Sequence[Eni], record: Mapping[str, str]) -> list[Eni]:
-        """Note which ENIs to detach. Returns all that this instance holds.
+    def read_suspects(self, held: Sequence[Eni], record: Mapping[str, str]) -> list[Eni]:
+        """What EC2 shows of the ENIs that may be here, though it does not list them here.
 
-        Raises NotYet if EC2 may show one of them late.
+        Raises NotYet where it may show one late.
         """
-        shown = list(held)
-        for eni in self.aws.enis_with_ids(self.find_suspects(held, record)):
+        suspects: list[Eni] = []
+        for eni in self.aws.enis_with_ids(self.suspected_ids(held, record)):
             if not self.is_target(eni, record):
                 continue
             if eni.is_free and (find_device(eni.mac) or self.deadline.elapsed() < GRACE):
                 raise NotYet(f"{eni.id} was claimed here, and EC2 does not show it attached yet")
-            shown.append(eni)
-        own = own_enis(self.instance.id, shown)
-        for eni in own:
+            suspects.append(eni)
+        return suspects
+
+    def suspected_ids(self, held: Sequence[Eni], record: Mapping[str, str]) -> set[str]:
+        """The ENIs that a run here has attached, or has tried to, without those that are listed."""
+        suspects = {self.lock.tried_for_state_file}
+        if record.get("ATTACHMENT_ID", NULL) != NULL:
+            suspects.add(record_of(record, self.instance.id))
+        return suspects - {eni.id for eni in held} - {""}
+
+    def note_targets(self, held: Sequence[Eni], record: Mapping[str, str]) -> None:
+        """Which ENIs to detach, and their gateways, which the state file keeps."""
+        for eni in held:
             if eni.attachment and self.is_target(eni, record):
                 self.targets[eni.attachment] = eni
                 with contextlib.suppress(NotYet):
                     self.gateways[eni.attachment] = read_network(eni).gateway
-        return own
 
     def shown_late(self, held: Sequence[Eni]) -> list[Eni]:
         """The targets whose detach EC2 has refused, and which it does not list any more.
@@ -783,13 +802,6 @@ class Withdrawal:
             if eni.attachment in self.refused and eni.id not in held_ids:
                 late.append(eni)
         return late
-
-    def find_suspects(self, held: Sequence[Eni], record: Mapping[str, str]) -> set[str]:
-        """The ENIs that a run here has attached, or has tried to, and that EC2 does not show."""
-        suspects = {self.lock.tried_for_state_file}
-        if record.get("ATTACHMENT_ID", NULL) != NULL:
-            suspects.add(record_of(record, self.instance.id))
-        return suspects - {eni.id for eni in held} - {""}
 
     def is_target(self, eni: Eni, record: Mapping[str, str]) -> bool:
         """Whether the ENI is of the name, or one that this host attached under another name."""
@@ -848,19 +860,29 @@ class Withdrawal:
     ) -> None:
         """Say in the state file what is gone, unless that would be untrue."""
         recorded = record.get("ENI_ID", NULL)
+        if any(eni.id == recorded for eni in held):
+            return
         remaining_ids = {eni.id for eni in remaining}
         gone = [eni for eni in self.targets.values() if eni.id not in remaining_ids]
-        if any(eni.id == recorded for eni in held) or (remaining and not gone):
+        gone.sort(key=lambda eni: eni.id == recorded)
+        if gone:
+            values = self.values_without(gone[-1], record)  # the recorded one, if it is among them
+        elif remaining:
             return
-        values = without_attachment(record) if record else state_values(self.instance, None, None)
-        gone.sort(key=lambda eni: eni.id == recorded)  # the recorded one has the last word
-        for eni in gone:
-            values = without_attachment(state_values(self.instance, eni, None))
-            values["GW"] = self.gateways.get(eni.attachment, NULL)
-            if eni.id == recorded and values["GW"] == NULL:
-                values["GW"] = record.get("GW", NULL)
+        elif record:
+            values = without_attachment(record)
+        else:
+            values = state_values(self.instance, None, None)
         if values != record:
             write_state_file(self.lock.state_file, values)
+
+    def values_without(self, eni: Eni, record: Mapping[str, str]) -> dict[str, str]:
+        """What the state file says after the ENI's detach. Its gateway stays there."""
+        values = without_attachment(state_values(self.instance, eni, None))
+        gateway = self.gateways.get(eni.attachment, NULL)
+        if gateway == NULL and eni.id == record.get("ENI_ID"):
+            gateway = record.get("GW", NULL)
+        return {**values, "GW": gateway}
 
 
 def record_of(record: Mapping[str, str], instance: str) -> str:
