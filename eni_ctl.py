@@ -3,8 +3,9 @@
 
 How it attaches: it asks IMDS for the instance's id, finds the name of the instance's group, finds
 the ENIs with that Name tag, attaches one, waits for its device and address, and writes the state
-file. A free ENI is attached. An ENI of a terminating instance is detached there first. An ENI of an
-instance in service is never taken, unless by --force: this program waits for it.
+file. A free ENI is attached. An ENI of a terminating instance is detached there first, if EC2 says
+that this instance may attach it. An ENI of an instance in service is never taken, unless by
+--force: this program waits for it.
 
 Each run may be killed at any point, and be started again. It ends at its deadline (-t) at the
 latest, or a second later.
@@ -151,12 +152,18 @@ CLOCK_NOT_SET = {
     "RequestInTheFuture",
     "RequestExpired",
 }
-STALE_CREDENTIALS = CLOCK_NOT_SET | {
-    "AuthFailure",
-    "InvalidClientTokenId",
+INVALID_KEYS = {
     "ExpiredToken",
     "ExpiredTokenException",
+    "InvalidClientTokenId",
     "UnrecognizedClientException",
+}
+STALE_CREDENTIALS = CLOCK_NOT_SET | INVALID_KEYS | {"AuthFailure"}
+# Keys that do not come from a role, by botocore's name for where they come from.
+KEYS_OF_A_PERSON = {
+    "env": "the environment",
+    "shared-credentials-file": "~/.aws/credentials",
+    "config-file": "~/.aws/config",
 }
 INSTANCE_NOT_READY = {
     "IncorrectInstanceState",
@@ -480,6 +487,7 @@ class Claim:
         self.named = options.name is not None
         self.states: dict[str, str] = {}  # the holders' life-cycle states
         self.states_read = deadline.elapsed()  # our own has just been read
+        self.permitted: set[str] = set()  # the ENIs that IAM lets this instance attach
         self.granted: Eni | None = None  # what EC2 let this run attach
         # By ENI: when EC2 first called it in use and did not show a holder.
         self.unseen_since: dict[str, float] = {}
@@ -514,6 +522,9 @@ class Claim:
                 raise DryRun(f"would keep: {decision.keep.id} is attached here")
             return self.act(decision)
         except NotYet as error:
+            # These are no answer to what was asked.
+            if isinstance(error, Overloaded) or error.aws_code in STALE_CREDENTIALS:
+                raise
             raise DryRun(f"would wait: {error}") from None
 
     def needs_states(self, enis: Sequence[Eni]) -> bool:
@@ -524,12 +535,15 @@ class Claim:
         """
         if any(eni.is_attached_to(self.instance.id) for eni in own_enis(self.instance.id, enis)):
             return False
-        if self.deadline.elapsed() - self.states_read > STATES_AGE:
+        if self.states_are_old():
             return True
         for eni in enis:
             if eni.is_free and eni.zone == self.instance.zone and not why_unusable(eni):
                 return False
         return not holding_instances(enis) <= self.states.keys()
+
+    def states_are_old(self) -> bool:
+        return self.deadline.elapsed() - self.states_read > STATES_AGE
 
     def read_states(self, enis: Sequence[Eni]) -> None:
         holders = holding_instances(enis)
@@ -555,7 +569,7 @@ class Claim:
             except Failure as error:
                 another_may_do = concerns_one_eni(error)
                 if step.action == "release":  # the instance that EC2 speaks of is the holder
-                    another_may_do = is_refusal(error)
+                    another_may_do = is_refusal(error) and error.aws_code != NO_FREE_SLOT
                 if not another_may_do:
                     raise
                 refusals.append(error)
@@ -617,6 +631,9 @@ class Claim:
         held = why_not_free(eni, self.states)
         call = f"detach {eni.attachment}"
         self.refusals.check(call)
+        self.check_could_attach(eni)
+        if self.states_are_old():  # the check took long
+            raise NotYet(held)
         try:
             self.aws.detach(eni.attachment, force=hangs)
         except Failure as error:
@@ -632,27 +649,57 @@ class Claim:
         warn_of_deletion(eni)
         raise NotYet(f"{eni.id} is being detached from {eni.holder}")
 
+    def check_could_attach(self, eni: Eni) -> None:
+        """Raise the Failure for which the ENI could not be attached here, if one is known.
+
+        So no holder loses an ENI that would be nobody's afterwards.
+        """
+        last = self.refusals.last("attach anything")
+        if last and last.aws_code == NO_FREE_SLOT:
+            raise last.with_traceback(None)
+        if eni.id in self.permitted:
+            return
+        call = f"attach {eni.id}"
+        self.refusals.check(call)
+        self.aws.enis_of(self.instance.id)  # raises for the credentials of another account
+        try:
+            self.aws.ask_to_attach(eni.id, self.instance.id)
+        except Failure as error:
+            if not is_refusal(error):
+                raise
+            # That the ENI is in use, for example, is no reason.
+            if error.aws_code in DENIED or not concerns_one_eni(error):
+                raise self.refusals.note(call, about(eni, error)) from None
+        self.permitted.add(eni.id)
+
     def retire_stale_record(self, enis: Sequence[Eni]) -> None:
         """Take the attachment out of a state file where EC2 does not show it here any more."""
         record = read_state_file(self.lock.state_file)
         if self.record_is_checked or not has_attachment(record):
             return
-        if not self.is_here(record.get("ENI_ID", NULL), enis):
+        recorded = record.get("ENI_ID", NULL)
+        named = [eni for eni in enis if eni.id == recorded]
+        if named:
+            here = shows_here(self.instance, named)
+        else:
+            here = is_here(self.aws, self.instance, recorded)
+            self.record_is_checked = True  # EC2 is asked about it only once in a run
+        if not here:
             # A file that cannot be written is not tried again at each poll.
             self.record_is_checked = not retire(self.lock.state_file, record)
 
-    def is_here(self, recorded: str, enis: Sequence[Eni]) -> bool:
-        """Whether EC2 shows the recorded ENI at this instance, or its device is still there.
 
-        For an ENI that does not have the name any more, EC2 is asked once in a run.
-        """
-        shown = [eni for eni in enis if eni.id == recorded]
-        if not shown:
-            shown = self.aws.enis_with_ids({recorded})
-            self.record_is_checked = True
-        if not shown:  # it has been deleted, or this raises, because the account is another one
-            self.aws.enis_of(self.instance.id)
-        return any(eni.holder == self.instance.id or find_device(eni.mac) for eni in shown)
+def shows_here(instance: Instance, shown: Iterable[Eni]) -> bool:
+    """Whether EC2 shows one of the ENIs at this instance, or its device is still there."""
+    return any(eni.holder == instance.id or find_device(eni.mac) for eni in shown)
+
+
+def is_here(aws: Aws, instance: Instance, eni_id: str) -> bool:
+    """The same of an ENI that EC2 must be asked about. Raises a Failure for another account."""
+    shown = aws.enis_with_ids({eni_id})
+    if not shown:  # it has been deleted, or the credentials belong to another account
+        aws.enis_of(instance.id)
+    return shows_here(instance, shown)
 
 
 def retire_foreign_record(instance: Instance, lock: Lock) -> None:
@@ -805,7 +852,7 @@ class Withdrawal:
 
     def is_target(self, eni: Eni, record: Mapping[str, str]) -> bool:
         """Whether the ENI is of the name, or one that this host attached under another name."""
-        if eni.name == self.instance.name:
+        if eni.name and eni.name == self.instance.name:
             return True
         if self.named:
             return eni.id == record.get("ENI_ID") and record.get("ASG_NAME") == self.instance.name
@@ -862,6 +909,9 @@ class Withdrawal:
         recorded = record.get("ENI_ID", NULL)
         if any(eni.id == recorded for eni in held):
             return
+        is_target = any(eni.id == recorded for eni in self.targets.values())
+        if not is_target and has_attachment(record) and is_here(self.aws, self.instance, recorded):
+            return  # it was attached under another name, and EC2 lists it late
         remaining_ids = {eni.id for eni in remaining}
         gone = [eni for eni in self.targets.values() if eni.id not in remaining_ids]
         gone.sort(key=lambda eni: eni.id == recorded)
@@ -914,6 +964,11 @@ class Refusals:
         if refusal and self.deadline.elapsed() < refusal.until:
             raise refusal.error.with_traceback(None)
 
+    def last(self, call: str) -> Failure | None:
+        """The error of the last time, also after its pause."""
+        refusal = self.by_call.get(call)
+        return refusal.error if refusal else None
+
     def note(self, call: str, error: Failure) -> Failure:
         """Keep the error, and return it. It is logged if its text is new."""
         first, longest = REFUSAL_PAUSES
@@ -955,14 +1010,16 @@ def concerns_one_eni(error: Failure) -> bool:
     return is_refusal(error) and error.aws_code not in INSTANCE_NOT_READY | {NO_FREE_SLOT}
 
 
-def aws_failure(action: str, code: str, status: int, message: str) -> Failure:
-    """The Failure for an error answer of AWS."""
+def aws_failure(action: str, code: str, status: int, message: str, origin: str = "") -> Failure:
+    """The Failure for an error answer of AWS. origin: of keys that cannot be renewed."""
     # EC2 uses this code for many errors; only the message tells them apart.
     if code == "InvalidParameterValue" and "in use" in message:
         code = IN_USE
     elif code == "InvalidParameterValue" and "device index" in message:
         code = INDEX_TAKEN
     text = f"{HINTS.get(code, '')}{action}: {code}: {one_line(message)}"
+    if origin:
+        text += f" (the keys are from {origin})"
     # EC2 also says this of a resource that is somebody else's. The describe before an attach or a
     # detach has just proved the credentials.
     if code == "AuthFailure" and not action.startswith("Describe"):
@@ -971,6 +1028,8 @@ def aws_failure(action: str, code: str, status: int, message: str) -> Failure:
         reason = message.partition("Encoded authorization failure message")[0]
         permission = f"{service_of(action)}:{action}"
         return NeedsPerson(f"not allowed: {permission}: {one_line(reason)}", code)
+    if origin and code in INVALID_KEYS:
+        return NeedsPerson(text, code)
     if code in STALE_CREDENTIALS | INSTANCE_NOT_READY | ENI_NOT_READY:
         return NotYet(text, code)
     # botocore makes a code of the HTTP status where the body is not AWS's.
@@ -1014,7 +1073,7 @@ def identify(
 
     # IMDS has the tag only where instance tags in metadata are on; it saves an API call.
     tag = "meta-data/tags/instance/aws:autoscaling:groupName"
-    name = options.name or imds.get(tag, r"[^\x00-\x1f]{1,255}", optional=True)
+    name = options.name or imds.hint(tag, r"[^\x00-\x1f\ufffd]{1,255}")
     instance = instance._replace(name=name)
     if name and options.verb is not attach:
         return instance, aws
@@ -1023,7 +1082,8 @@ def identify(
     if record and record_of(record, instance.id):
         with contextlib.suppress(Failure):
             return add_group(instance, aws, options.name), aws
-        return instance._replace(name=record.get("ASG_NAME", "")), aws
+        recorded = record.get("ASG_NAME", NULL)
+        return instance._replace(name="" if recorded == NULL else recorded), aws
     return wait(lambda: add_group(instance, aws, options.name), deadline, POLL_EC2), aws
 
 
@@ -1042,7 +1102,7 @@ def target_state(imds: Imds) -> str:
 
     An instance for which it has none can be in a group all the same.
     """
-    return imds.get("meta-data/autoscaling/target-lifecycle-state", r"[A-Za-z:]{1,40}", True)
+    return imds.hint("meta-data/autoscaling/target-lifecycle-state", r"[A-Za-z:]{1,40}")
 
 
 def add_group(instance: Instance, aws: Aws, name: str | None) -> Instance:
@@ -1124,15 +1184,20 @@ def wait(
     pace = Pace(poll)
     started = deadline.elapsed()
     grace_ends: float | None = None
+    grace_pause = poll.quick
     while True:
         try:
             return attempt()
         except NeedsPerson as error:
+            now = deadline.elapsed()
             if grace_ends is None:
-                grace_ends = min(deadline.elapsed() + GRACE, deadline.seconds)
-            if deadline.elapsed() + poll.quick > grace_ends:
+                grace_ends = min(now + GRACE, deadline.seconds)
+                grace_pause = poll.quick
+            if now + poll.quick > grace_ends:
                 raise
-            pause = poll.quick
+            # Ever longer, because eni.service repeats all this; but the end of the grace is used.
+            pause = min(grace_pause, max(poll.quick, grace_ends - now - poll.quick))
+            grace_pause *= 2
             reason = str(error)
         except NotYet as error:
             if deadline.elapsed() - started >= patience:
@@ -1266,6 +1331,17 @@ class Aws:
             return str(answer["AttachmentId"])
         raise NeedsPerson(f"{instance} has no free device index below {DEVICE_INDEXES.stop}")
 
+    def ask_to_attach(self, eni: str, instance: str) -> None:
+        """Return if IAM permits to attach the ENI. Raises Failure."""
+        with contextlib.suppress(DryRun):
+            self.call(
+                "AttachNetworkInterface",
+                NetworkInterfaceId=eni,
+                InstanceId=instance,
+                DeviceIndex=DEVICE_INDEXES.start,
+                DryRun=True,
+            )
+
     def detach(self, attachment: str, force: bool = False) -> None:
         """Begin to detach. To find it gone already is as good."""
         arguments = {"Force": True} if force else {}
@@ -1324,16 +1400,22 @@ class Aws:
             code = details.get("Code") or str(status)
             if code == "DryRunOperation":
                 raise DryRun(f"would call {self.deadline.doing}: permitted") from None
+            origin = ""
             if code in STALE_CREDENTIALS:
+                origin = self.origin_of_keys()
                 self.forget_credentials()
             # To get credentials, botocore may make a call of its own, such as AssumeRole.
             asked = error.operation_name
-            raise aws_failure(asked, code, status, details.get("Message", "")) from None
+            message = details.get("Message") or ""
+            raise aws_failure(asked, code, status, message, origin) from None
         except NoCredentialsError:
             self.forget_credentials()
             raise self.why_no_credentials() from None
         except settings_errors() as error:
             raise NeedsPerson(f"boto3: {one_line(error)}") from None
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            # A profile's credential_process, or the file of a web identity's token.
+            raise NeedsPerson(f"boto3: {error.filename}: {error.strerror}") from None
         except RuntimeError as error:
             # So botocore says that the credentials which it has just fetched have expired.
             if "expired" not in str(error):
@@ -1358,8 +1440,19 @@ class Aws:
             self.session = boto3.session.Session(botocore_session=core, region_name=self.region)
         if service not in self.clients:
             config = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 0})
-            self.clients[service] = self.session.client(service, config=config)
+            try:
+                self.clients[service] = self.session.client(service, config=config)
+            except json.JSONDecodeError:
+                raise  # of an answer of IMDS
+            except ValueError as error:
+                # Only settings have been read: AWS_ENDPOINT_URL, AWS_METADATA_SERVICE_TIMEOUT.
+                raise NeedsPerson(f"boto3 cannot use its settings: {one_line(error)}") from None
         return self.clients[service]
+
+    def origin_of_keys(self) -> str:
+        """Where boto3 has found keys that it cannot renew; empty for those of a role."""
+        credentials = self.session.get_credentials() if self.session else None
+        return KEYS_OF_A_PERSON.get(getattr(credentials, "method", ""), "")
 
     def forget_credentials(self) -> None:
         """Have the next call fetch new ones, but not at every poll of a long wait."""
@@ -1409,7 +1502,9 @@ def settings_errors() -> tuple[type[Exception], ...]:
     names = (
         "ConfigNotFound",
         "ConfigParseError",
+        "InvalidChecksumConfigError",
         "InvalidConfigError",
+        "InvalidDefaultsMode",
         "InvalidIMDSEndpointError",
         "InvalidIMDSEndpointModeError",
         "InvalidMaxRetryAttemptsError",
@@ -1418,6 +1513,8 @@ def settings_errors() -> tuple[type[Exception], ...]:
         "InvalidSTSRegionalEndpointsConfigError",
         "PartialCredentialsError",
         "ProfileNotFound",
+        "SSOError",
+        "TokenRetrievalError",
         "UnknownCredentialError",
     )
     # Debian 11's botocore does not have them all.
@@ -1501,8 +1598,12 @@ def prepare_botocore() -> None:
 
     It tries once and for 1 s, which is too little at boot.
     """
-    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
-    os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
+    for variable, patient in (
+        ("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3"),
+        ("AWS_METADATA_SERVICE_TIMEOUT", "2"),
+    ):
+        if not os.environ.get(variable):  # botocore fails at one that is empty
+            os.environ[variable] = patient
     others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if others.strip() == "*":  # for all hosts, if it stands alone
         return
@@ -1511,21 +1612,23 @@ def prepare_botocore() -> None:
 
 
 def check_ca_file() -> None:
-    """Raise NeedsPerson if boto3 could not read the CA file that the environment names.
+    """Raise NeedsPerson if boto3 could not use the CA file that the environment names.
 
     boto3 would call it a failure of the connection, for which waiting might help.
     """
+    import ssl
+
     for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
         path = os.environ.get(variable)
         if not path:
             continue
         try:
-            with open(path, "rb"):
-                return
-        except OSError as error:
+            ssl.create_default_context(cafile=path)
+        except OSError as error:  # ssl.SSLError among them: the file has no certificate
             raise NeedsPerson(
                 f"cannot read the CA file {path} of {variable}: {error.strerror}"
             ) from None
+        return
 
 
 # --- the instance metadata service ---
@@ -1541,6 +1644,11 @@ class Imds:
     def __init__(self, deadline: Deadline) -> None:
         import requests
 
+        self.address_errors = (
+            requests.exceptions.MissingSchema,
+            requests.exceptions.InvalidSchema,
+            requests.exceptions.InvalidURL,
+        )
         self.base = f"{imds_endpoint()}/latest/"
         self.deadline = deadline
         self.session = requests.Session()
@@ -1548,12 +1656,21 @@ class Imds:
         self.request_error = requests.RequestException
         self.token: str | None = None  # None: not asked for yet; empty: there is none
 
-    def get(self, path: str, pattern: str, optional: bool = False) -> str:
-        """The value at path as soon as IMDS has it; empty where it has none and it is optional."""
-        return wait(lambda: self.get_once(path, pattern, optional), self.deadline, POLL_LOCAL)
+    def get(self, path: str, pattern: str) -> str:
+        """The value at path, as soon as IMDS has one that matches."""
+        return wait(lambda: self.get_once(path, pattern), self.deadline, POLL_LOCAL)
+
+    def hint(self, path: str, pattern: str) -> str:
+        """A value that saves an API call; empty where IMDS has none, or an odd one."""
+        anything = r"(?s).*"
+        value = wait(lambda: self.get_once(path, anything, True), self.deadline, POLL_LOCAL)
+        return value if re.fullmatch(pattern, value) else ""
 
     def get_once(self, path: str, pattern: str, optional: bool = False) -> str:
-        """As get, but raises Overloaded where IMDS does not answer with such a value yet."""
+        """As get, but raises Overloaded where IMDS does not answer with such a value yet.
+
+        Empty where it is optional, and IMDS has none.
+        """
         if self.token is None:
             self.token = self.fetch_token()
         headers = {"X-aws-ec2-metadata-token": self.token} if self.token else {}
@@ -1588,6 +1705,10 @@ class Imds:
                 allow_redirects=False,
             )
             expected = int(answer.headers.get("Content-Length", 0))
+        except self.address_errors as error:
+            raise NeedsPerson(
+                f"AWS_EC2_METADATA_SERVICE_ENDPOINT is no address: {one_line(error)}"
+            ) from None
         except (self.request_error, ValueError) as error:
             raise Overloaded(f"IMDS, {method} {url}: {type(error).__name__}") from None
         log.debug("IMDS, %s %s: %s", method, url, answer.status_code)
@@ -1741,7 +1862,7 @@ def read_state_file(path: str) -> dict[str, str]:
     """What the state file says; empty where there is none that can be read as one."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            words = shlex.split(file.read(65536))
+            words = shlex.split(file.read(65536), comments=True)
     except (OSError, ValueError):
         return {}
     pairs = [word.partition("=") for word in words]
@@ -1944,8 +2065,8 @@ class Stderr(io.TextIOBase):
     def write(self, message: str) -> int:
         with contextlib.suppress(OSError, ValueError):
             _, writable, _ = select.select([], [2], [], 0)
-            if writable:  # not a pipe that is full
-                os.write(2, message.encode("utf-8", "backslashreplace"))
+            if writable:  # not a pipe that is full; it has room for so many bytes
+                os.write(2, message.encode("utf-8", "backslashreplace")[: select.PIPE_BUF])
         return len(message)
 
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 from lab import Lab, Machine, await_that, odd
+from lab.aws import Call
 from lab.ec2 import DENIED
 from lab.knobs import Change
 from lab.vpc import OUTER_LIMIT
 from lab.watching import all_at_once, attached_by, calls, holder, last_line, wait_for_line
+from lab.wire import Answer
 
 # Codes and words of refusals that concern one ENI, as EC2 gives them.
 REFUSALS = {
@@ -27,6 +29,12 @@ REFUSALS = {
     "gone": ("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID does not exist"),
 }
 NO_ADDRESS: Change = odd.having(PrivateIpAddresses=[])
+EMPTY = Answer(
+    200,
+    b'<DescribeNetworkInterfacesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">'
+    b"<networkInterfaceSet/></DescribeNetworkInterfacesResponse>",
+    "text/xml",
+)
 
 
 def order_of(lab: Lab, machine: Machine, enis: Sequence[str]) -> list[str]:
@@ -209,6 +217,57 @@ def test_a_host_without_a_free_slot_does_not_try_each_interface(lab: Lab, subnet
     assert done.returncode == 4
     assert "AttachmentLimitExceeded" in last_line(done)
     assert len(set(attached_by(lab, machine))) == 1
+
+
+@pytest.mark.parametrize("state", ["InService", "Terminating:Wait"])
+def test_nothing_is_taken_that_could_not_be_attached_here(
+    lab: Lab, subnet: str, machine: Machine, eni: str, state: str
+) -> None:
+    """IAM would permit the detach, and not the attach: the ENI would be nobody's."""
+    peer = lab.launch(subnet, group="web", life_cycle=state)
+    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
+    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    lab.aws.deny("AttachNetworkInterface", machine.instance.id, "service control policy")
+    done = machine.eni_ctl("-a", "-f")
+    assert done.returncode == 4
+    assert "not allowed: ec2:AttachNetworkInterface" in last_line(done)
+    assert (holder(lab, eni), calls(lab, "DetachNetworkInterface")) == (peer.instance.id, 0)
+
+
+def test_nothing_is_taken_with_the_credentials_of_an_account_that_lacks_this_host(
+    lab: Lab, subnet: str, machine: Machine, eni: str
+) -> None:
+    """Another account may have an ENI of the name, too. This host's own is not shown there."""
+    peer = lab.launch(subnet, group="web")
+    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
+    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    lab.aws.fail("DescribeNetworkInterfaces", says=EMPTY, skip=1, times=-1)
+    done = machine.eni_ctl("-a", "-f", "-n", "web")
+    assert done.returncode == 4
+    assert (holder(lab, eni), calls(lab, "DetachNetworkInterface")) == (peer.instance.id, 0)
+
+
+def is_attach(call: Call) -> bool:
+    return call.action == "AttachNetworkInterface" and not call.dry_run
+
+
+def test_a_host_that_has_no_free_slot_takes_nothing_once_it_knows(
+    lab: Lab, subnet: str, eni: str
+) -> None:
+    """EC2 tells of the slots only when it is to attach. Then a spare gets the ENI, and keeps it."""
+    peer = lab.launch(subnet, group="web")
+    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
+    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    spare = lab.launch(subnet, group="web")
+    full = lab.launch(subnet, group="web", max_interfaces=1)
+    process = full.start_eni_ctl("-a", "-f")
+    await_that(lambda: any(call.status for call in lab.aws.calls if is_attach(call)))
+    lab.aws.attach(lab.aws.lab_eni(eni), spare.instance, 1)
+    _, err = process.communicate(timeout=OUTER_LIMIT)
+    assert process.returncode == 4, err
+    assert "AttachmentLimitExceeded" in err.splitlines()[-1]
+    assert calls(lab, "DetachNetworkInterface") == 1
+    assert holder(lab, eni) == spare.instance.id
 
 
 # --- what AWS services own

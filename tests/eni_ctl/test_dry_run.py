@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from lab import Lab, Machine
 from lab.watching import last_line
@@ -22,6 +24,15 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     assert machine.devices() == devices
     assert lab.aws.eni(eni).attachment_id == before
     assert lab.aws.calls[-1].dry_run
+
+
+@pytest.mark.parametrize("how", [{"code": "RequestLimitExceeded"}, {"how": "reset"}])
+def test_a_dry_run_asks_again_where_ec2_gave_no_answer(
+    lab: Lab, machine: Machine, how: dict[str, Any]
+) -> None:
+    lab.aws.fail("AttachNetworkInterface, dry run", times=1, **how)
+    done = machine.eni_ctl("-a", "--dry-run")
+    assert (done.returncode, done.stdout[-12:]) == (0, ": permitted\n"), done
 
 
 def test_a_dry_run_where_there_is_nothing_to_do_says_so(

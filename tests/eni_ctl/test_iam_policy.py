@@ -207,6 +207,21 @@ def test_where_only_another_group_has_the_eni_awss_words_tell_why(
     assert f":instance/{stranger.instance.id} because no identity-based policy allows" in last
 
 
+def test_force_takes_nothing_that_the_policy_does_not_let_this_host_attach(
+    lab: Lab, subnet: str, eni: str, scoped: Policy
+) -> None:
+    """The policy lets it be detached, because the ENI and its holder have the tags."""
+    peer = hold(lab, subnet, eni, "web")
+    machine = lab.launch(subnet)  # in no group, and so without the tag
+    lab.aws.set_policy(scoped)
+    for options in (["--dry-run"], []):
+        done = machine.eni_ctl("-a", "-n", "web", "-f", *options)
+        assert done.returncode == 4
+        assert "not allowed: ec2:AttachNetworkInterface" in last_line(done)
+        assert lab.aws.eni(eni).instance.id == peer.instance.id
+        assert lab.aws.lab_eni(eni).attachment_status == "attached"
+
+
 def test_another_name_than_the_policys_is_refused(
     lab: Lab, subnet: str, machine: Machine, scoped: Policy
 ) -> None:

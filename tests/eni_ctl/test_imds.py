@@ -11,6 +11,7 @@ from lab import Lab, Machine, snippet
 from lab.aws import Aws
 from lab.vpc import OUTER_LIMIT
 from lab.watching import give_up, last_line, wait_for_line
+from lab.wire import Answer
 
 IPV6_ONLY = snippet("# /etc/systemd/system/eni.service.d/ipv6.conf")
 
@@ -51,6 +52,18 @@ def test_bad_answers_of_imds_are_asked_for_again(
     lab: Lab, machine: Machine, how: Any, status: int
 ) -> None:
     lab.aws.fail("latest/", how=how, status=status, times=3)
+    done = machine.eni_ctl("-a")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", [b"", b"a\tb", b"\xff"])
+@pytest.mark.parametrize("path", ["autoscaling/target-lifecycle-state", "tags/instance/"])
+def test_auto_scaling_is_asked_where_imds_has_an_odd_value(
+    lab: Lab, subnet: str, eni: str, path: str, text: bytes
+) -> None:
+    """IMDS's values would only have saved that call."""
+    machine = lab.launch(subnet, group="web", tags_in_imds=True)
+    lab.aws.fail(f"latest/meta-data/{path}", says=Answer(200, text), times=-1)
     done = machine.eni_ctl("-a")
     assert done.returncode == 0, done.stderr
 

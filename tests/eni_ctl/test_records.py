@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from lab import Lab, Machine, await_that
 from lab.watching import await_waiting, calls, holder, wait_for_line
@@ -153,6 +155,44 @@ def test_a_record_that_is_still_true_is_not_erased_by_a_detach_of_another_name(
     assert done.returncode == 0, done.stderr
     assert holder(lab, eni) == machine.instance.id
     assert machine.state() == state
+
+
+def test_a_record_that_is_still_true_is_not_erased_where_ec2_lists_the_attachment_late(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    assert machine.eni_ctl("-a").returncode == 0
+    state = machine.state()
+    lab.aws.next_lags = [math.inf, math.inf]
+    done = machine.eni_ctl("-d", "-n", "nosuch")
+    assert done.returncode == 0, done.stderr
+    assert not lab.aws.next_lags
+    assert holder(lab, eni) == machine.instance.id
+    assert machine.state() == state
+
+
+def test_a_comment_in_the_record_is_no_part_of_it(lab: Lab, subnet: str, machine: Machine) -> None:
+    """After a reboot, when nothing but the record tells of the attachment."""
+    vpn = lab.aws.create_eni(subnet, name="vpn", ip="10.0.1.33")
+    assert machine.eni_ctl("-a", "-n", "vpn").returncode == 0
+    text = machine.read(STATE)
+    machine.write(STATE, f"# don't edit\n{text}# once: ENI_ID=eni-0123456789abcdef0\n")
+    machine.run("rm", "/run/eni_ctl.lock")
+    done = machine.eni_ctl("-d")
+    assert (done.returncode, done.stdout) == (0, f"detached {vpn} (10.0.1.33)\n"), done
+
+
+def test_a_record_without_a_name_does_not_mean_interfaces_without_a_name(
+    lab: Lab, subnet: str
+) -> None:
+    machine = lab.launch(subnet)  # in no group, which would have told a name
+    other = lab.aws.create_eni(subnet, name=None)
+    lab.aws.attach(lab.aws.lab_eni(other), machine.instance, 1)
+    await_that(machine.appeared.is_set)
+    instance, gone = machine.instance.id, "eni-0123456789abcdef0"
+    machine.write(STATE, f"INSTANCE_ID={instance}\nENI_ID={gone}\n")
+    done = machine.eni_ctl("-d")
+    assert done.returncode == 0, done.stderr
+    assert holder(lab, other) == instance
 
 
 # --- a record of a former life

@@ -3,6 +3,7 @@ reads, and words on the command line."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -105,20 +106,64 @@ def test_another_accounts_credentials_prove_nothing_about_the_attachment(
     ("variable", "value"),
     [
         ("AWS_CA_BUNDLE", "/etc/ssl/certs"),
+        ("AWS_CA_BUNDLE", "/etc/hosts"),
+        ("AWS_DEFAULTS_MODE", "nosuch"),
         ("AWS_RETRY_MODE", "nosuch"),
+        ("AWS_METADATA_SERVICE_TIMEOUT", "soon"),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "169.254.169.254"),
         ("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "nosuch"),
         ("AWS_PROFILE", "chained"),
+        ("AWS_PROFILE", "/nosuch/process"),
+        ("AWS_PROFILE", "/nosuch/token"),
     ],
 )
 def test_a_setting_that_is_wrong_for_good_is_not_waited_for(
     machine: Machine, variable: str, value: str
 ) -> None:
-    profile = "[profile chained]\nrole_arn = arn:aws:iam::123456789012:role/a\n"
-    machine.write("/root/.aws/config", f"{profile}source_profile = nosuch\n")
+    role = "role_arn = arn:aws:iam::123456789012:role/a"
+    machine.write(
+        "/root/.aws/config",
+        f"""
+[profile chained]
+{role}
+source_profile = nosuch
+[profile /nosuch/process]
+credential_process = /nosuch/process
+[profile /nosuch/token]
+{role}
+web_identity_token_file = /nosuch/token
+""",
+    )
     machine.environment[variable] = value
     done = machine.eni_ctl("-a", HOME="/root")
     assert done.returncode == 4
     assert value in last_line(done) or variable in last_line(done)
+
+
+def test_keys_in_the_environment_that_have_expired_need_a_person(
+    lab: Lab, subnet: str, eni: str
+) -> None:
+    """As one pastes them from SSO. Nothing renews them."""
+    machine = lab.launch(subnet, group="web", tokens="optional")
+    lab.aws.credential_seconds = 0
+    path = "http://169.254.169.254/latest/meta-data/iam/security-credentials/eni-host"
+    code = f"import json, urllib.request as u; print(u.urlopen({path!r}).read().decode())"
+    keys = json.loads(machine.run("/usr/bin/python3", "-c", code).stdout)
+    done = machine.eni_ctl(
+        "-a",
+        AWS_ACCESS_KEY_ID=keys["AccessKeyId"],
+        AWS_SECRET_ACCESS_KEY=keys["SecretAccessKey"],
+        AWS_SESSION_TOKEN=keys["Token"],
+    )
+    assert done.returncode == 4
+    assert "ExpiredToken" in last_line(done)
+    assert last_line(done).endswith("(the keys are from the environment)")
+
+
+def test_settings_that_are_empty_are_none(machine: Machine) -> None:
+    names = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
+    done = machine.eni_ctl("-a", **dict.fromkeys(names, ""))
+    assert done.returncode == 0, done.stderr
 
 
 # --- files that root's Python must not import

@@ -651,7 +651,9 @@ class Aws(Knobs):
         def make() -> Answer:
             return perform(self, connection, body, action, dry_run)
 
-        self._answer(connection, lambda what: what == action, make)
+        # What a test plans for an action is for the action, not for its dry runs.
+        name = f"{action}, dry run" if dry_run else action
+        self._answer(connection, lambda what: what == name, make)
 
 
 def source_of(connection: Handler) -> str:

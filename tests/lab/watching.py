@@ -57,11 +57,13 @@ def calls(lab: Lab, action: str, machine: Machine | None = None) -> int:
 
 
 def attached_by(lab: Lab, machine: Machine) -> list[str]:
-    """The ENIs of a machine's attach calls, in their order."""
+    """The ENIs of a machine's attach calls, in their order; dry runs do not count."""
     return [
         call.params["NetworkInterfaceId"]
         for call in lab.aws.calls
-        if call.action == "AttachNetworkInterface" and call.instance_id == machine.instance.id
+        if call.action == "AttachNetworkInterface"
+        and call.instance_id == machine.instance.id
+        and not call.dry_run
     ]
 
 
