@@ -57,6 +57,7 @@ import glob
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import select
@@ -398,6 +399,8 @@ def make_plan(host: Host, wish: Wish) -> Plan:
     idle = idle_devices(host, served, wish.remove)
     tables = choose_tables(host, wish, served + idle)
     default = default_device(host, wish, tables)
+    if wish.default and not default:
+        complaints.append(f"--default: {wish.default} is not there, or not up with an address")
     if wish.remove and len(served) == 1 and main_devices(host).issuperset(served) and not default:
         served = []  # only main's own device is left, which was there for the one that is removed
 
@@ -479,7 +482,7 @@ def is_asked_for(host: Host, wish: Wish, name: str) -> bool:
         return True
     if wish.remove or name == "lo":
         return False
-    if wish.hardware and device.is_hardware:
+    if name == wish.default or (wish.hardware and device.is_hardware):
         return True
     matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in wish.patterns)
     return matches or name in devices_of_default_routes(host)
@@ -569,6 +572,7 @@ def plan_table(
     for route in host.main_routes(family):
         if name in route.devices and route.destination != "default":
             own.append(route._replace(words=part_by(route, name)))
+    own += link_to_gateway(host, name, own, default)
     if name == main_device(host, family):
         rivals = set(present) - {name}
         own = plan_detours(host, family, rivals, own, default)
@@ -584,6 +588,26 @@ def plan_table(
     return sorted(routes.values(), key=lambda route: "via" in route.words)
 
 
+def link_to_gateway(host: Host, name: str, own: list[Route], default: Route) -> list[Route]:
+    """The device's subnet that has the gateway, where main does not have it.
+
+    That is so for an address with `noprefixroute`, or for a network with a table of its own by
+    systemd-networkd. Without that route, the kernel refuses the default route in IPv4.
+    """
+    gateway = value_of("via", default.words)
+    if default.family == 6 or not gateway or "onlink" in default.words:
+        return []
+    router = ipaddress.ip_address(gateway)
+    for route in own:
+        if "via" not in route.words and router in route.network:
+            return []
+    for address in host.devices[name].addresses_of(4):
+        if router in address.network:
+            words = ("dev", name, "scope", "253", "src", address.text)
+            return [Route(4, MAIN, str(address.network), words)]
+    return []
+
+
 def plan_detours(
     host: Host, family: int, rivals: set[str], own: list[Route], default: Route
 ) -> list[Route]:
@@ -596,9 +620,11 @@ def plan_detours(
     for route in host.main_routes(family):
         if route.destination != "default" and not rivals.isdisjoint(route.devices):
             disputed[route.destination] = route.network
+    networks = set(disputed.values())
+    lengths = {network.prefixlen for network in networks}
     kept = []
     for route in own:
-        if any(is_inside(route.network, network) for network in disputed.values()):
+        if is_inside_one_of(route.network, networks, lengths):
             kept.append(route)
     settled = {route.destination for route in kept}
     for destination in disputed:
@@ -607,13 +633,18 @@ def plan_detours(
     return kept
 
 
-def is_inside(inner: Network, outer: Network) -> bool:
-    return inner.prefixlen >= outer.prefixlen and inner.network_address in outer
+def is_inside_one_of(inner: Network, networks: set[Network], lengths: set[int]) -> bool:
+    """lengths: the networks' prefix lengths. They are few, where the networks may be thousands."""
+    for length in lengths:
+        if length <= inner.prefixlen and inner.supernet(new_prefix=length) in networks:
+            return True
+    return False
 
 
 def part_by(route: Route, name: str) -> tuple[str, ...]:
     """The words of a route as far as it leaves by this device."""
-    if route.devices == {name}:
+    # `ip` prints a nexthop group of one member as a list of one hop.
+    if route.devices == {name} and route.words.count("nexthop") != 1:
         return route.words
     common: list[str] = []
     hops: list[list[str]] = []
@@ -786,11 +817,13 @@ def plan_default_rules(
     table = tables[default]
     rules = []
     own = main_device(host, family)
+    # The table of main's own device lacks most of main's routes, which a later rule is for.
+    what_goes_back = f" {NOT_DEFAULT}" if default == own else ""
     if own in present and own != default:
         for address in host.devices[own].addresses_of(family):
             rules.append(Rule(family, KEEP, f"from {address.text} lookup {MAIN}"))
     services = VPC_SERVICES[family]
-    rules.append(Rule(family, BACK, f"from all iif {default} lookup {table}"))
+    rules.append(Rule(family, BACK, f"from all iif {default} lookup {table}{what_goes_back}"))
     rules.append(Rule(family, SERVICES, f"from all to {services} lookup {MAIN}"))
     rules.append(Rule(family, SPECIFIC, f"from all lookup {MAIN} {NOT_DEFAULT}"))
     rules.append(Rule(family, DEFAULT, f"from all lookup {table}"))
@@ -1077,13 +1110,20 @@ def read_devices(items: Any) -> dict[str, Device]:
             devices[name] = Device(
                 group=int(group) if group.isdecimal() else -1,
                 is_up="UP" in item["flags"],
-                # With -N, iproute2 6.1 says [1], which is ARPHRD_ETHER. A VPN's tap is one, too.
-                is_ethernet=item["link_type"] in ("ether", "[1]")
-                and not os.path.exists(f"/sys/class/net/{name}/tun_flags"),
+                # With -N, iproute2 6.1 says [1], which is ARPHRD_ETHER.
+                is_ethernet=item["link_type"] in ("ether", "[1]") and not is_tunnel(name),
                 is_hardware=os.path.exists(f"/sys/class/net/{name}/device"),
                 addresses=tuple(sort_addresses(read_addresses(item.get("addr_info", [])))),
             )
     return devices
+
+
+def is_tunnel(name: str) -> bool:
+    """Whether it is a VPN's tap or an overlay, which the kernel calls Ethernet devices, too."""
+    folder = f"/sys/class/net/{name}"
+    kinds = {f"DEVTYPE={kind}" for kind in ("geneve", "l2tpeth", "vxlan")}
+    uevent = {line.strip() for line in read_lines(f"{folder}/uevent")}
+    return os.path.exists(f"{folder}/tun_flags") or not kinds.isdisjoint(uevent)
 
 
 def read_addresses(items: list[Any]) -> Iterator[Address]:
@@ -1322,13 +1362,14 @@ class Fight:
     def __init__(self) -> None:
         self.made: dict[str, float] = {}  # by command: when we did it last
         self.repeats = 0
-        self.last_repeat = 0.0
+        self.last_repeat = -math.inf
 
     def note(self, done: list[Step]) -> None:
         now = time.monotonic()
         if now - self.last_repeat > FIGHT_SECONDS:
             self.repeats = 0
-        again = [step for step in done if now - self.made.get(step.do, 0.0) < FIGHT_SECONDS]
+        # The clock begins at the boot, so that 0 would be a moment ago there.
+        again = [step for step in done if now - self.made.get(step.do, -math.inf) < FIGHT_SECONDS]
         if again:
             self.repeats += 1
             self.last_repeat = now
@@ -1354,6 +1395,13 @@ add_routes.py [-d DEVICE] [-g GATEWAY] [-n NETWORK] [-t TABLE] [-r] [--default]
        add_routes.py --watch [-d PATTERN]... [--default DEVICE] [--dry-run] [-v]"""
 
 
+def gateway(text: str) -> IPAddress:
+    """What -g takes. `ip` does not read an address with its interface, such as fe80::1%ens6."""
+    if "%" in text:
+        raise ValueError
+    return ipaddress.ip_address(text)
+
+
 def network(text: str) -> Network:
     """What -n takes; argparse says "invalid network value" for a ValueError."""
     found = ipaddress.ip_network(text)
@@ -1374,7 +1422,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-d", "--device", action="append", default=[],
         help="default: ifupdown's $IFACE; with --watch a pattern, such as 'ens*'")  # fmt: skip
-    add("-g", "--gateway", type=ipaddress.ip_address, help="default: main's, or subnet's base + 1")
+    add("-g", "--gateway", type=gateway, help="default: main's, or subnet's base + 1")
     add("-n", "--network", type=network, help="default: those of the device's addresses")
     add("-t", "--table", default="", help="name or number; default: 100+N for ethN, or a free one")
     add("-r", "--remove", action="store_true", help="remove what belongs to the device")
@@ -1459,6 +1507,7 @@ def main(argv: list[str] | None = None) -> int:
         wish = read_wish(options)
         if options.dry_run:
             rehearse(wish)
+            sys.stdout.flush()
         elif options.watch:
             watch(wish, options.verbose)
         else:
@@ -1466,6 +1515,9 @@ def main(argv: list[str] | None = None) -> int:
                 say(complaint)
     except (Failure, OSError) as error:
         say(error_text(error))
+        if options.dry_run:
+            # Perhaps nobody reads stdout. Python would complain when it flushes that at the exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
         say("interrupted")

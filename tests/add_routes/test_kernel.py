@@ -13,6 +13,11 @@ from lab.kernel import SCRIPT, Kernel
 from lab.vpc import OUTER_LIMIT
 from strategies import DEVICES, addresses_of
 
+NO_PREFIX_ROUTE = """
+ip addr del 10.0.1.22/24 dev eth1
+ip addr add 10.0.1.22/24 dev eth1 noprefixroute
+"""
+
 
 def test_each_source_address_leaves_by_its_own_device(kernel: Kernel) -> None:
     assert kernel.device_to("198.51.100.1", "10.0.1.22") == "eth0"  # the problem
@@ -306,6 +311,47 @@ def test_a_vpns_tap_is_not_taken_for_an_eni(kernel: Kernel) -> None:
     kernel.serve("-d eth1")
     assert "group default" in kernel.sh("ip link show dev tap0")
     assert "20020: from 10.0.1.5 lookup 254 suppress_prefixlength 0" in kernel.rules()
+
+
+def test_an_overlay_with_mains_default_route_is_not_taken_for_an_eni(kernel: Kernel) -> None:
+    kernel.sh("mount -t sysfs lab /sys")
+    kernel.sh("ip link add vx0 type vxlan id 7 local 10.0.1.5 remote 10.0.1.99 dstport 4789")
+    kernel.sh("ip addr add 10.10.10.9/24 dev vx0; ip link set vx0 up; ip route del default")
+    kernel.sh("ip route add default via 10.0.1.1 dev eth0 metric 100")
+    kernel.sh("ip route add default via 10.10.10.1 dev vx0 metric 50")
+    kernel.serve("-d eth0", "-d eth1")
+    for source in ("10.0.1.5", "10.0.1.22"):
+        assert kernel.device_to("10.10.10.5", source) == "vx0"
+
+
+@pytest.mark.parametrize("options", ["", " -g 10.0.1.9"])
+@pytest.mark.parametrize("change", ["ip route del 10.0.1.0/24 dev eth1", NO_PREFIX_ROUTE])
+def test_an_eni_whose_subnet_is_not_in_main_is_served(
+    kernel: Kernel, change: str, options: str
+) -> None:
+    """networkd with a table of its own, and others, leave the subnet's route out of main."""
+    kernel.sh(change)
+    kernel.serve(f"-d eth1{options}")
+    for destination in ("198.51.100.1", "10.0.1.77"):
+        assert kernel.device_to(destination, "10.0.1.22") == "eth1"
+    assert kernel.add_routes("-d eth0 --dry-run").stdout == "nothing to change\n"
+
+
+def test_a_nexthop_group_of_one_member_is_not_repaired_for_ever(kernel: Kernel) -> None:
+    """So the kernel leaves a group when the device of its other member goes."""
+    kernel.sh("ip nexthop add id 30 via fe80::60 dev eth1; ip nexthop add id 31 group 30")
+    kernel.sh("ip -6 route add 2001:db8:50::/64 nhid 31")
+    kernel.serve("-d eth1")
+    assert kernel.device_to("2001:db8:50::9", "2001:db8:1::22") == "eth1"
+    assert kernel.add_routes("-d eth1 --dry-run").stdout == "nothing to change\n"
+
+
+def test_what_is_forwarded_by_mains_own_device_follows_mains_routes(kernel: Kernel) -> None:
+    kernel.sh("ip route add 192.0.2.0/24 via 10.0.1.77 dev eth0")
+    kernel.sh("echo 1 >/proc/sys/net/ipv4/ip_forward")
+    kernel.serve("-d eth0 --default", "-d eth1")
+    forwarded = kernel.json("route get 192.0.2.9 from 10.9.9.9 iif eth0")
+    assert forwarded[0]["gateway"] == "10.0.1.77"
 
 
 def test_a_list_that_has_changed_while_it_was_read_is_read_again(kernel: Kernel) -> None:

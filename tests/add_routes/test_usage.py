@@ -32,6 +32,11 @@ def test_verbose_says_each_command(kernel: Kernel) -> None:
     assert [line for line in said.splitlines() if "-json" not in line] == dry.splitlines()
 
 
+def test_a_dry_run_whose_commands_nobody_reads_ends_with_one_line(kernel: Kernel) -> None:
+    done = kernel.run("sh", "-c", f"{SCRIPT} -d eth1 --dry-run >/dev/full")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+
+
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 | true"])
 def test_nobody_needs_to_read_what_verbose_says(kernel: Kernel, redirection: str) -> None:
     kernel.serve("-d eth1")
@@ -78,6 +83,7 @@ def test_an_interrupted_run_ends_with_one_line_and_changes_nothing(kernel: Kerne
         ("-d eth1 -n 10.0.1.0", 2, "10.0.1.0"),
         ("-d eth1 -n 0.0.0.0/0", 2, "0.0.0.0/0"),
         ("-d eth1 -g router", 2, "router"),
+        ("-d eth1 -g fe80::1%eth1", 2, "fe80::1%eth1"),
         ("-d eth1 -t main", 1, "main"),
         ("-d eth1 -t 255", 1, "255"),
         ("-d eth1 -t 0", 1, "table 0"),

@@ -19,6 +19,8 @@ from lab import await_that
 from lab.kernel import SCRIPT, Kernel
 from lab.vpc import OUTER_LIMIT
 
+import add_routes
+
 TICKS = os.sysconf("SC_CLK_TCK")
 Note = Callable[[str, object], None]
 
@@ -183,6 +185,18 @@ def test_default_is_the_devices_as_long_as_it_is_there(kernel: Kernel, start: St
         watch.awaits(lambda: not [rule for rule in kernel.rules() if "lookup 102" in rule])
 
 
+def test_the_device_of_default_is_served_whatever_the_pattern(kernel: Kernel, start: Start) -> None:
+    watch = start("-d", "eth0", "--default", "eth1")
+    watch.awaits(lambda: kernel.device_to("198.51.100.1") == "eth1")
+    assert not [line for line in watch.said() if "--default" in line]
+
+
+def test_default_for_a_device_that_is_not_there_is_told(kernel: Kernel, start: Start) -> None:
+    watch = start("--default", "eth7")
+    line = "add_routes.py: --default: eth7 is not there, or not up with an address"
+    watch.awaits(lambda: line in watch.said())
+
+
 def test_it_does_not_answer_its_own_changes(kernel: Kernel, start: Start) -> None:
     """It looks once more, finds nothing to do, and sleeps."""
     watch = start(**kernel.fake_ip(":"))
@@ -298,6 +312,20 @@ def test_hooks_run_beside_it(kernel: Kernel, start: Start, served: list[str]) ->
     watch.awaits(lambda: kernel.state() == served)
     kernel.serve("-d eth1 -r")  # it is still up, so --watch serves it again
     watch.awaits(lambda: kernel.state() == served)
+
+
+@pytest.mark.pure
+def test_nothing_is_a_repeat_only_because_the_host_is_young(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock begins at the boot."""
+    now = 10.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    fight = add_routes.Fight()
+    for number in range(8):
+        fight.note([add_routes.Step(4, f"rule add {number}", f"rule del {number}")])
+        now += 2
+    assert (fight.repeats, fight.pause()) == (0, 0.0)
 
 
 def test_in_a_fight_it_slows_down_and_says_so_once(
