@@ -401,19 +401,17 @@ def make_plan(host: Host, wish: Wish) -> Plan:
     default = default_device(host, wish, tables)
     if wish.default and not default:
         complaints.append(f"--default: {wish.default} is not there, or not up with an address")
-    if wish.remove and len(served) == 1 and main_devices(host).issuperset(served) and not default:
-        served = []  # only main's own device is left, which was there for the one that is removed
+    only_mains_is_left = len(served) == 1 and main_devices(host).issuperset(served)
+    if wish.remove and only_mains_is_left and not default:
+        served = []  # it was there for the device that is removed
 
     routes: list[Route] = []
     rules: list[Rule] = []
     for family in host.families:
         present = [name for name in served if is_served_in(host, wish, family, name)]
         if default or set(present) - {main_device(host, family)}:
-            for name in present:
-                routes += plan_table(host, wish, family, name, present, tables[name])
-            rules += plan_rules(host, family, present, tables)
-        if default:
-            rules += plan_default_rules(host, family, default, present, tables)
+            routes += plan_tables(host, wish, family, present, tables)
+            rules += plan_rules(host, family, present, tables, default)
 
     members = set(idle)
     if rules:
@@ -560,6 +558,15 @@ def default_device(host: Host, wish: Wish, tables: dict[str, int]) -> str:
 
 
 # --- deciding: tables ---
+
+
+def plan_tables(
+    host: Host, wish: Wish, family: int, present: list[str], tables: dict[str, int]
+) -> list[Route]:
+    routes = []
+    for name in present:
+        routes += plan_table(host, wish, family, name, present, tables[name])
+    return routes
 
 
 def plan_table(
@@ -797,7 +804,9 @@ def check_gateway(host: Host, name: str, gateway: IPAddress, network: Network | 
 # --- deciding: rules ---
 
 
-def plan_rules(host: Host, family: int, present: list[str], tables: dict[str, int]) -> list[Rule]:
+def plan_rules(
+    host: Host, family: int, present: list[str], tables: dict[str, int], default: str
+) -> list[Rule]:
     no_eni = f"from all lookup {MAIN} {NOT_DEFAULT} suppress_ifgroup {GROUP}"
     rules = [Rule(family, NO_ENI, no_eni)]
     own = main_device(host, family)
@@ -808,6 +817,8 @@ def plan_rules(host: Host, family: int, present: list[str], tables: dict[str, in
                 rules.append(Rule(family, DETOUR, f"{source} {tables[name]} {NOT_DEFAULT}"))
                 rules.append(Rule(family, LIVE, f"{source} {MAIN} {NOT_DEFAULT}"))
             rules.append(Rule(family, FROM, f"{source} {tables[name]}"))
+    if default:
+        rules += plan_default_rules(host, family, default, present, tables)
     return rules
 
 
