@@ -667,7 +667,7 @@ class Claim:
         except Failure as error:
             if not is_refusal(error):
                 raise
-            # That the ENI is in use, for example, is no reason.
+            # What EC2 says of the ENI itself is no reason: it is in use as yet.
             if error.aws_code in DENIED or not concerns_one_eni(error):
                 raise self.refusals.note(call, about(eni, error)) from None
         self.permitted.add(eni.id)
