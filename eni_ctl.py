@@ -95,7 +95,8 @@ POLL_LOCAL = Poll(quick=0.1, slow=0.1, slowest=1.5)  # IMDS and the lock
 POLL_DEVICE = Poll(quick=0.1, slow=0.5, slowest=1.5)  # the kernel, by a process of `ip`
 
 # 0 is the primary ENI. The largest instance types of 2026 have 24 ENIs on a card (EC2's
-# DescribeInstanceTypes, MaximumNetworkInterfaces). EC2 itself says when there is no room for more.
+# DescribeInstanceTypes, MaximumNetworkInterfaces). EC2 itself says when there is no room for more,
+# so this bound is only for a run that it does not tell.
 DEVICE_INDEXES = range(1, 64)
 ZONE_OR_REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"
 NO_GROUP = "in no group"  # stands for the life-cycle state of an instance that has none
@@ -577,7 +578,7 @@ class Claim:
 
     def attach(self, eni: Eni) -> Eni:
         """Claim the ENI: this call of EC2 is the claim, and nothing else is."""
-        self.refusals.check("attach anything")
+        self.refusals.check(ATTACH_ANYTHING)
         self.refusals.check(f"attach {eni.id}")
         was_tried = eni.id == self.lock.tried
         self.lock.remember(eni.id)
@@ -602,7 +603,7 @@ class Claim:
                 self.await_own(eni, call)
         self.lock.remember("")
         if not concerns_one_eni(error):
-            call = "attach anything"
+            call = ATTACH_ANYTHING
         raise self.refusals.note(call, about(eni, error)) from None
 
     def await_own(self, eni: Eni, call: str) -> None:
@@ -654,7 +655,7 @@ class Claim:
 
         So no holder loses an ENI that would be nobody's afterwards.
         """
-        last = self.refusals.last("attach anything")
+        last = self.refusals.last(ATTACH_ANYTHING)
         if last and last.aws_code == NO_FREE_SLOT:
             raise last.with_traceback(None)
         if eni.id in self.permitted:
@@ -916,7 +917,8 @@ class Withdrawal:
         gone = [eni for eni in self.targets.values() if eni.id not in remaining_ids]
         gone.sort(key=lambda eni: eni.id == recorded)
         if gone:
-            values = self.values_without(gone[-1], record)  # the recorded one, if it is among them
+            # Of the recorded one, if it is among them.
+            values = self.values_after_detach(gone[-1], record)
         elif remaining:
             return
         elif record:
@@ -926,7 +928,7 @@ class Withdrawal:
         if values != record:
             write_state_file(self.lock.state_file, values)
 
-    def values_without(self, eni: Eni, record: Mapping[str, str]) -> dict[str, str]:
+    def values_after_detach(self, eni: Eni, record: Mapping[str, str]) -> dict[str, str]:
         """What the state file says after the ENI's detach. Its gateway stays there."""
         values = without_attachment(state_values(self.instance, eni, None))
         gateway = self.gateways.get(eni.attachment, NULL)
@@ -943,6 +945,9 @@ def record_of(record: Mapping[str, str], instance: str) -> str:
 
 
 # --- what EC2 refuses ---
+
+
+ATTACH_ANYTHING = "attach anything"  # the call, where EC2's refusal is not about one ENI
 
 
 class Refusal(NamedTuple):

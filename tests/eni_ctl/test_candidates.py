@@ -219,14 +219,20 @@ def test_a_host_without_a_free_slot_does_not_try_each_interface(lab: Lab, subnet
     assert len(set(attached_by(lab, machine))) == 1
 
 
+def hold(lab: Lab, subnet: str, eni: str, state: str = "InService") -> Machine:
+    """A peer in that state which holds the ENI."""
+    peer = lab.launch(subnet, group="web", life_cycle=state)
+    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
+    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    return peer
+
+
 @pytest.mark.parametrize("state", ["InService", "Terminating:Wait"])
 def test_nothing_is_taken_that_could_not_be_attached_here(
     lab: Lab, subnet: str, machine: Machine, eni: str, state: str
 ) -> None:
     """IAM would permit the detach, and not the attach: the ENI would be nobody's."""
-    peer = lab.launch(subnet, group="web", life_cycle=state)
-    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
-    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    peer = hold(lab, subnet, eni, state)
     lab.aws.deny("AttachNetworkInterface", machine.instance.id, "service control policy")
     done = machine.eni_ctl("-a", "-f")
     assert done.returncode == 4
@@ -238,9 +244,7 @@ def test_nothing_is_taken_with_the_credentials_of_an_account_that_lacks_this_hos
     lab: Lab, subnet: str, machine: Machine, eni: str
 ) -> None:
     """Another account may have an ENI of the name, too. This host's own is not shown there."""
-    peer = lab.launch(subnet, group="web")
-    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
-    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    peer = hold(lab, subnet, eni)
     lab.aws.fail("DescribeNetworkInterfaces", says=EMPTY, skip=1, times=-1)
     done = machine.eni_ctl("-a", "-f", "-n", "web")
     assert done.returncode == 4
@@ -255,9 +259,7 @@ def test_a_host_that_has_no_free_slot_takes_nothing_once_it_knows(
     lab: Lab, subnet: str, eni: str
 ) -> None:
     """EC2 tells of the slots only when it is to attach. Then a spare gets the ENI, and keeps it."""
-    peer = lab.launch(subnet, group="web")
-    lab.aws.attach(lab.aws.lab_eni(eni), peer.instance, 1)
-    await_that(lambda: lab.aws.lab_eni(eni).attachment_status == "attached")
+    hold(lab, subnet, eni)
     spare = lab.launch(subnet, group="web")
     full = lab.launch(subnet, group="web", max_interfaces=1)
     process = full.start_eni_ctl("-a", "-f")
