@@ -6,9 +6,12 @@ So every run looks at the whole host and makes these, in IPv4 and IPv6, where th
 
     interface group 7700     every device that this program serves
     rule 20000 from all      use main for what leaves by no device of that group and by no default
-                             route, so that containers and VPNs go on working
+                             route, so that containers and VPNs go on working; a route for half of
+                             the internet, as some VPNs make two of, counts as a default route
     rule 20030 from ADDRESS  use the table of the device that owns the address: its subnets, main's
                              other routes by it, and a default route
+  and where somebody has moved the kernel's rule for the host's own addresses behind these:
+    rule 19990 from all      use local
   and for the addresses of main's own device, which is that of main's best default route:
     rule 20010 from ADDRESS  use its table, but not the default route: the other devices' subnets
                              are reached by its gateway
@@ -75,13 +78,14 @@ PROGRAM = "add_routes.py"
 
 # These two are in no rt_protos of Debian 11 to 13, nor the kernel's, nor FRR's (186 to 198).
 PROTOCOL = 77
-GIVEN = 78  # of a route that -g or -n asked for: later hooks, and runs for other devices, keep it
-OURS = (PROTOCOL, GIVEN)
+EXPLICIT = 78  # of a route that -g or -n asked for: later hooks and other devices' runs keep it
+OURS = (PROTOCOL, EXPLICIT)
 # The interface group of the devices that are served; people give small numbers by hand.
 GROUP = 7700
 
 # Priorities of our rules. They stand behind strongSwan's (220) and Tailscale's (5210 to 5270),
 # because a VPN goes first, and before main's own (32766).
+OWN_ADDRESSES = 19990
 NO_ENI = 20000
 DETOUR = 20010
 LIVE = 20020
@@ -91,12 +95,15 @@ BACK = 32699
 SERVICES = 32700
 SPECIFIC = 32701
 DEFAULT = 32702
-FIRST_EDITION_FROM = 20001
-NOT_DEFAULT = "suppress_prefixlength 0"
+FIRST_EDITION_FROM = 20001  # of an earlier release: an upgraded host keeps its tables
+# A VPN that takes all traffic may have no default route in main, but several that are as wide:
+# 0.0.0.0/1 and 128.0.0.0/1, in IPv6 2000::/4 and up to fc00::/7 (OpenVPN's redirect-gateway). The
+# lengths are not 0 for another reason, too: `wg-quick down` deletes all rules that suppress 0.
+NOT_DEFAULT = {4: "suppress_prefixlength 1", 6: "suppress_prefixlength 7"}
 
 MAIN = 254
 LOCAL = 255
-KERNEL_TABLES = (0, 253, MAIN, LOCAL)  # the first two are unspec and default
+KERNEL_TABLES = (0, 253, MAIN, LOCAL)  # the first two are unspec and default; 0 is never free
 ETH_TABLES = range(100, 253)  # eth0 to eth152, because eth153 would have the kernel's 253
 FREE_TABLES = 1000  # and up
 LARGEST_TABLE = 2**32 - 1
@@ -130,7 +137,8 @@ STORM_SECONDS = 2.0  # without a quiet moment, it looks after this time
 STORM_REST = 4  # in a storm, it rests this many times as long as it has worked
 LONGEST_REST = 10.0
 RETRY_SECONDS = 30.0  # after a run that failed
-# Another program is fighting us when it undid the same step so often within this time.
+# Another program is fighting us when it undid what we did so often within this time, until it has
+# not done so for as long.
 FIGHT_REPEATS = 5
 FIGHT_SECONDS = 60.0
 SLOWEST_FIGHT = 30.0
@@ -276,12 +284,21 @@ class Host(NamedTuple):
     families: tuple[int, ...] = (4, 6)
 
     def main_routes(self, family: int) -> list[Route]:
-        """Those that a packet can leave by."""
-        found = []
+        """Main's routes that a packet can leave by."""
+        routes = []
         for route in self.routes:
             if route.table == MAIN and route.family == family and route.is_usable:
-                found.append(route)
-        return found
+                routes.append(route)
+        return routes
+
+    def main_defaults(self, family: int) -> list[Route]:
+        """Main's default routes for all packets, the best one first."""
+        defaults = []
+        for route in self.main_routes(family):
+            is_for_some = "tos" in route.words or "from" in route.words
+            if route.destination == "default" and not is_for_some:
+                defaults.append(route)
+        return sorted(defaults, key=lambda route: route.rank)
 
 
 class Step(NamedTuple):
@@ -403,13 +420,16 @@ def make_plan(host: Host, wish: Wish) -> Plan:
         complaints.append(f"--default: {wish.default} is not there, or not up with an address")
     only_mains_is_left = len(served) == 1 and main_devices(host).issuperset(served)
     if wish.remove and only_mains_is_left and not default:
-        served = []  # it was there for the device that is removed
+        # It was served because of the device that is removed. The test of each family below misses
+        # that where main has a default route in one family only.
+        served = []
 
     routes: list[Route] = []
     rules: list[Rule] = []
     for family in host.families:
         present = [name for name in served if is_served_in(host, wish, family, name)]
-        if default or set(present) - {main_device(host, family)}:
+        others = set(present) - {main_device(host, family)}
+        if default or others:  # else main is right for its own device
             routes += plan_tables(host, wish, family, present, tables)
             rules += plan_rules(host, family, present, tables, default)
 
@@ -466,10 +486,11 @@ def devices_to_serve(host: Host, wish: Wish) -> tuple[list[str], list[str]]:
 
 def is_served_in(host: Host, wish: Wish, family: int, name: str) -> bool:
     """One family of a device can be served where the other cannot."""
-    with contextlib.suppress(Failure):
+    try:
         check_device(host, wish, name, (family,))
-        return bool(host.devices[name].addresses_of(family))
-    return False
+    except Failure:
+        return False
+    return bool(host.devices[name].addresses_of(family))
 
 
 def is_asked_for(host: Host, wish: Wish, name: str) -> bool:
@@ -498,46 +519,40 @@ def check_device(
         raise Failure(f"{name} has no address; expected a global one, IPv4 or IPv6")
     if not device.is_up:
         raise Failure(f"{name} is down; expected it up")
-    for asked in (wish.gateway, wish.network):
-        # A hook gets -g for the family of its stanza. The device may not have its addresses yet.
-        is_by_hand = name == wish.device and not wish.is_hook
-        if asked and is_by_hand and not device.addresses_of(asked.version):
-            raise Failure(f"{name} has no IPv{asked.version} address; {asked} needs one")
+    # A hook gets -g for the family of its stanza. The device may not have its addresses yet.
+    if name == wish.device and not wish.is_hook:
+        for asked in (wish.gateway, wish.network):
+            if asked and not device.addresses_of(asked.version):
+                raise Failure(f"{name} has no IPv{asked.version} address; {asked} needs one")
     for family in families or host.families:
         if device.addresses_of(family):
+            # It raises Failure where it finds no gateway; the table does not matter to that.
             default_route(host, wish, family, name, MAIN)
 
 
 def devices_of_default_routes(host: Host) -> set[str]:
     """Main may send by each of them, so each needs its rules."""
-    found = set()
+    devices = set()
     for family in host.families:
-        for route in host.main_routes(family):
-            if route.destination == "default":
-                found |= ethernet_devices(host, route)
-    return found
+        for route in host.main_defaults(family):
+            devices |= ethernet_devices(host, route)
+    return devices
 
 
 def ethernet_devices(host: Host, route: Route) -> set[str]:
     """An ENI is an Ethernet device; a tunnel, by which a route may lead too, is none."""
-    return {name for name in route.devices if name in host.devices and is_ethernet(host, name)}
-
-
-def is_ethernet(host: Host, name: str) -> bool:
-    return host.devices[name].is_ethernet
+    present = route.devices.intersection(host.devices)
+    return {name for name in present if host.devices[name].is_ethernet}
 
 
 def main_device(host: Host, family: int) -> str:
     """Main's own device: that of its best default route; empty where there is none."""
-    defaults = []
-    for route in host.main_routes(family):
-        if route.destination == "default" and ethernet_devices(host, route):
-            defaults.append(route)
-    if not defaults:
-        return ""
-    best = min(defaults, key=lambda route: route.rank)
-    devices = ethernet_devices(host, best)
-    return next(name for name in best.words if name in devices)
+    for route in host.main_defaults(family):
+        devices = ethernet_devices(host, route)
+        for word in route.words:
+            if word in devices:
+                return word
+    return ""
 
 
 def main_devices(host: Host) -> set[str]:
@@ -573,26 +588,33 @@ def plan_table(
     host: Host, wish: Wish, family: int, name: str, present: list[str], table: int
 ) -> list[Route]:
     """All routes of the device's table; those that lead to a gateway come last."""
-    given = given_routes(host, wish, family, name, table)
+    explicit = explicit_routes(host, wish, family, name, table)
     default = default_route(host, wish, family, name, table)
-    own = []
-    for route in host.main_routes(family):
-        if name in route.devices and route.destination != "default":
-            own.append(route._replace(words=part_by(route, name)))
-    own += link_to_gateway(host, name, own, default)
+    originals = main_routes_by(host, family, name)
+    originals += link_to_gateway(host, name, originals, default)
     if name == main_device(host, family):
         rivals = set(present) - {name}
-        own = plan_detours(host, family, rivals, own, default)
+        originals = plan_detours(host, family, rivals, originals, default)
 
-    links = [route.network for route in given if route.destination != "default"]
+    # Where -n names a network, main's routes to it and into it are not copied.
+    replaced = [route.network for route in explicit if route.destination != "default"]
     routes: dict[tuple[Any, ...], Route] = {}
-    for route in sorted(own, key=lambda route: route.rank):
+    for route in sorted(originals, key=lambda route: route.rank):
         copy = Route(family, table, route.destination, usable_words(host, name, route))
-        if not any(copy.network.overlaps(link) for link in links):
+        if not any(copy.network.overlaps(network) for network in replaced):
             routes.setdefault(copy.key, copy)
-    for route in [*given, default]:
+    for route in [*explicit, default]:
         routes[route.key] = route
     return sorted(routes.values(), key=lambda route: "via" in route.words)
+
+
+def main_routes_by(host: Host, family: int, name: str) -> list[Route]:
+    """Main's routes that leave by the device, as far as they do, but its default routes."""
+    routes = []
+    for route in host.main_routes(family):
+        if name in route.devices and route.destination != "default":
+            routes.append(route._replace(words=part_by(route, name)))
+    return routes
 
 
 def link_to_gateway(host: Host, name: str, own: list[Route], default: Route) -> list[Route]:
@@ -602,7 +624,8 @@ def link_to_gateway(host: Host, name: str, own: list[Route], default: Route) -> 
     systemd-networkd. Without that route, the kernel refuses the default route in IPv4.
     """
     gateway = value_of("via", default.words)
-    if default.family == 6 or not gateway or "onlink" in default.words:
+    is_ipv4 = gateway not in ("", "inet6") and default.family == 4
+    if not is_ipv4 or "onlink" in default.words:
         return []
     router = ipaddress.ip_address(gateway)
     for route in own:
@@ -686,18 +709,15 @@ def usable_words(host: Host, name: str, route: Route) -> tuple[str, ...]:
 
 def default_route(host: Host, wish: Wish, family: int, name: str, table: int) -> Route:
     """As -g or -n says; else main's default route by the device; else by the subnet's gateway."""
-    for route in given_routes(host, wish, family, name, table):
+    for route in explicit_routes(host, wish, family, name, table):
         if route.destination == "default":
             return route
-    known = []
-    for route in host.main_routes(family):
-        if route.destination == "default" and name in route.devices:
-            known.append(route)
-    if known:
-        best = min(known, key=lambda route: route.rank)
-        best = best._replace(words=part_by(best, name))
-        words = without_metric(family, usable_words(host, name, best))
-    elif family == 6:
+    for route in host.main_defaults(family):
+        if name in route.devices:
+            part = route._replace(words=part_by(route, name))
+            words = without_metric(family, usable_words(host, name, part))
+            return Route(family, table, "default", words)
+    if family == 6:
         words = ("via", VPC_ROUTER, "dev", name, "metric", "1024")
     else:
         words = ("via", str(subnet_gateway(host, name)), "dev", name)
@@ -719,6 +739,7 @@ def without_metric(family: int, words: tuple[str, ...]) -> tuple[str, ...]:
 def subnet_gateway(host: Host, name: str) -> IPAddress:
     """In IPv4, a VPC's router has the first address of each subnet."""
     addresses = host.devices[name].addresses_of(4)
+    # An address by DHCP comes first: it is the ENI's own, and another may be a VIP.
     for address in sorted(addresses, key=lambda address: not address.dynamic):
         for network in [address.network, *link_networks(host, 4, name)]:
             gateway = network.network_address + 1
@@ -741,14 +762,14 @@ def link_networks(host: Host, family: int, name: str) -> list[Network]:
     return networks
 
 
-def given_routes(host: Host, wish: Wish, family: int, name: str, table: int) -> list[Route]:
-    """What -n and -g ask for, else what they have asked for earlier."""
+def explicit_routes(host: Host, wish: Wish, family: int, name: str, table: int) -> list[Route]:
+    """The routes that -n and -g ask for, else those that they asked for in an earlier run."""
     asked = asked_routes(host, wish, family, table) if name == wish.device else []
     if asked or wish.ends_what_was_asked(name):
         return asked
     kept = []
     for route in host.routes:
-        if route.family == family and route.protocol == GIVEN and name in route.devices:
+        if route.family == family and route.protocol == EXPLICIT and name in route.devices:
             kept.append(route._replace(table=table))
     return kept
 
@@ -769,7 +790,7 @@ def asked_routes(host: Host, wish: Wish, family: int, table: int) -> list[Route]
         is_on_link = not network and not link_networks(host, family, name)
         onlink = ("onlink",) if is_on_link else ()
         words = ("via", str(gateway), "dev", name, *metric, *onlink)
-        routes.append(Route(family, table, "default", words, GIVEN))
+        routes.append(Route(family, table, "default", words, EXPLICIT))
     return routes
 
 
@@ -779,7 +800,7 @@ def asked_link(host: Host, name: str, network: Network, table: int) -> Route:
     words: tuple[str, ...] = ("dev", name, "scope", "253", "src", source)
     if network.version == 6:
         words = ("dev", name, "metric", "1024")
-    return Route(network.version, table, str(network), words, GIVEN)
+    return Route(network.version, table, str(network), words, EXPLICIT)
 
 
 def address_in(host: Host, name: str, network: Network) -> str:
@@ -807,19 +828,33 @@ def check_gateway(host: Host, name: str, gateway: IPAddress, network: Network | 
 def plan_rules(
     host: Host, family: int, present: list[str], tables: dict[str, int], default: str
 ) -> list[Rule]:
-    no_eni = f"from all lookup {MAIN} {NOT_DEFAULT} suppress_ifgroup {GROUP}"
-    rules = [Rule(family, NO_ENI, no_eni)]
+    not_default = NOT_DEFAULT[family]
+    no_eni = f"from all lookup {MAIN} {not_default} suppress_ifgroup {GROUP}"
+    rules = [*rules_for_own_addresses(host, family), Rule(family, NO_ENI, no_eni)]
     own = main_device(host, family)
     for name in present:
         for address in host.devices[name].addresses_of(family):
             source = f"from {address.text} lookup"
             if name == own:
-                rules.append(Rule(family, DETOUR, f"{source} {tables[name]} {NOT_DEFAULT}"))
-                rules.append(Rule(family, LIVE, f"{source} {MAIN} {NOT_DEFAULT}"))
+                rules.append(Rule(family, DETOUR, f"{source} {tables[name]} {not_default}"))
+                rules.append(Rule(family, LIVE, f"{source} {MAIN} {not_default}"))
             rules.append(Rule(family, FROM, f"{source} {tables[name]}"))
     if default:
         rules += plan_default_rules(host, family, default, present, tables)
     return rules
+
+
+def rules_for_own_addresses(host: Host, family: int) -> list[Rule]:
+    """None, unless somebody has moved the kernel's rule for table local, which is the first one.
+
+    With VRFs it is usual to put it behind theirs (kernel documentation, vrf.rst). Behind ours, what
+    is sent to an address of this host would leave by a device.
+    """
+    for rule in host.rules:
+        is_before = rule.priority < NO_ENI and rule.protocol != PROTOCOL
+        if rule.family == family and is_before and rule.text == f"from all lookup {LOCAL}":
+            return []
+    return [Rule(family, OWN_ADDRESSES, f"from all lookup {LOCAL}")]
 
 
 def plan_default_rules(
@@ -828,15 +863,16 @@ def plan_default_rules(
     table = tables[default]
     rules = []
     own = main_device(host, family)
-    # The table of main's own device lacks most of main's routes, which a later rule is for.
-    what_goes_back = f" {NOT_DEFAULT}" if default == own else ""
+    # The table of main's own device lacks most of main's routes. So BACK does not use its default
+    # route, and SPECIFIC is asked next.
+    suffix = f" {NOT_DEFAULT[family]}" if default == own else ""
     if own in present and own != default:
         for address in host.devices[own].addresses_of(family):
             rules.append(Rule(family, KEEP, f"from {address.text} lookup {MAIN}"))
     services = VPC_SERVICES[family]
-    rules.append(Rule(family, BACK, f"from all iif {default} lookup {table}{what_goes_back}"))
+    rules.append(Rule(family, BACK, f"from all iif {default} lookup {table}{suffix}"))
     rules.append(Rule(family, SERVICES, f"from all to {services} lookup {MAIN}"))
-    rules.append(Rule(family, SPECIFIC, f"from all lookup {MAIN} {NOT_DEFAULT}"))
+    rules.append(Rule(family, SPECIFIC, f"from all lookup {MAIN} {NOT_DEFAULT[family]}"))
     rules.append(Rule(family, DEFAULT, f"from all lookup {table}"))
     return rules
 
@@ -858,16 +894,16 @@ def choose_tables(host: Host, wish: Wish, devices: list[str]) -> dict[str, int]:
 
 def filled_tables(host: Host) -> set[int]:
     """The tables that hold a route of somebody else's."""
-    found = set(KERNEL_TABLES)
+    tables = set(KERNEL_TABLES)
     for route in host.routes:
         if route.protocol not in OURS:
-            found.add(route.table)
-    return found
+            tables.add(route.table)
+    return tables
 
 
 def tables_of_others_rules(host: Host) -> set[int]:
-    """They may lead to a table of ours, as README's rule for published ports does. But a table
-    that is not ours yet is theirs."""
+    """The tables that others' rules lead to. Such a rule may lead to a table of ours, as README's
+    for published ports does. But a table that is not ours yet is theirs."""
     return {rule.table for rule in host.rules if rule.protocol != PROTOCOL}
 
 
@@ -939,6 +975,7 @@ def plan_changes(host: Host, wish: Wish, routes: list[Route], rules: list[Rule])
     and go after them: a packet in between meets the old way or the new one, never half a table."""
     old_routes = {}
     for route in host.routes:
+        # What is in main is nobody's but main's, whatever its protocol.
         if route.protocol in OURS and route.table != MAIN:
             old_routes[route.key] = route
     old_rules = [rule for rule in host.rules if rule.protocol == PROTOCOL]
@@ -960,8 +997,8 @@ def plan_changes(host: Host, wish: Wish, routes: list[Route], rules: list[Rule])
 def step_to(route: Route, old: Route | None, wish: Wish) -> list[Step]:
     """None or one. The run for a device fails without its default route and what -n says; a copy
     of a route may be more than `ip` understands."""
-    is_default = route.destination == "default" or route.protocol == GIVEN
-    is_needed = is_default and wish.device in route.devices
+    is_copy = route.destination != "default" and route.protocol != EXPLICIT
+    is_needed = not is_copy and wish.device in route.devices
     if old is None:
         return [Step(route.family, route.command("add"), route.command("del"), is_needed)]
     if not is_same(old, route):
@@ -985,11 +1022,12 @@ def without_onlink(route: Route) -> Route:
 
 
 def apply(steps: list[Step], done: list[Step], verbose: bool) -> dict[str, str]:
-    """Do the steps, and add them to done: by command what `ip` said of each that it refused."""
+    """Do the steps. Adds to done those that `ip` took; returns, by command, what it said of the
+    others."""
     refused = {}
     for family, group in itertools.groupby(steps, key=lambda step: step.family):
         batch = list(group)
-        done += batch
+        done += batch  # before `ip` runs, so that an interrupted run takes them back, too
         commands = [step.do for step in batch]
         try:
             _, errors = ip(f"-{family} -force", commands, verbose)
@@ -1003,7 +1041,8 @@ def apply(steps: list[Step], done: list[Step], verbose: bool) -> dict[str, str]:
 
 def one_by_one(flags: str, lines: list[str], verbose: bool) -> dict[int, str]:
     """A line that `ip` does not understand spoils nothing but itself. Those that it has done by
-    now are refused; the next look finds them done."""
+    now are refused; the next look finds them done. If this run fails after all, it does not take
+    those back, but the next run does."""
     errors = {}
     for number, line in enumerate(lines):
         try:
@@ -1090,7 +1129,7 @@ def read_host() -> Host:
 
 
 def read_lines_of_ip(host: Host, family: int, lines: str) -> None:
-    """An odd line spoils nothing but itself."""
+    """Add what the lines say to the host. An odd line spoils nothing but itself."""
     for line in lines.splitlines():
         with contextlib.suppress(ValueError, LookupError, StopIteration):
             read_line(host, family, line)
@@ -1167,7 +1206,7 @@ def checked_text(item: Any) -> str:
 
 
 def read_line(host: Host, family: int, line: str) -> None:
-    """A line of `ip rule` or of `ip route`."""
+    """Add a line of `ip rule` or of `ip route` to the host."""
     words = line.replace("\\", " ").split()  # with -o, a backslash is a line's end
     if re.fullmatch(r"\d+:", words[0]):
         host.rules.append(read_rule(family, words))
@@ -1227,8 +1266,8 @@ def read_names() -> dict[str, int]:
     for pattern in RT_TABLES:
         for path in sorted(glob.glob(pattern)):
             for line in read_lines(path):
-                if found := re.match(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s+([^\s#]+)", line):
-                    number, name = found.groups()
+                if match := re.match(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s+([^\s#]+)", line):
+                    number, name = match.groups()
                     names[name] = int(number, 16 if "x" in number else 10)
     return names
 
@@ -1372,29 +1411,36 @@ class Fight:
 
     def __init__(self) -> None:
         self.made: dict[str, float] = {}  # by command: when we did it last
-        self.repeats = 0
-        self.last_repeat = -math.inf
+        self.repeats: list[float] = []  # when we had to do something again, as far as it counts
+        self.rounds = 0  # of the fight that is on
 
     def note(self, done: list[Step]) -> None:
         now = time.monotonic()
-        if now - self.last_repeat > FIGHT_SECONDS:
-            self.repeats = 0
+        if not self.is_on(now):
+            self.rounds = 0
+        if any(" del " in step.do for step in done):
+            # A link went down, say, and the kernel has emptied the device's table. When it is up
+            # again, nobody has undone anything.
+            self.made.clear()
         # The clock begins at the boot, so that 0 would be a moment ago there.
         again = [step for step in done if now - self.made.get(step.do, -math.inf) < FIGHT_SECONDS]
         if again:
-            self.repeats += 1
-            self.last_repeat = now
-            if self.repeats == FIGHT_REPEATS:
+            self.repeats = [when for when in self.repeats if now - when < FIGHT_SECONDS]
+            self.repeats.append(now)
+            if self.rounds or len(self.repeats) >= FIGHT_REPEATS:
+                self.rounds += 1
+            if self.rounds == 1:
                 command = f"ip -{again[0].family} {again[0].do}"
                 say(f"another program keeps undoing `{command}`; from now on repaired less often")
-        for step in done:
-            self.made[step.do] = now
-            self.made.pop(step.undo, None)  # we undid it ourselves
+        self.made.update({step.do: now for step in done})
+
+    def is_on(self, now: float) -> bool:
+        return self.rounds > 0 and now - self.repeats[-1] <= FIGHT_SECONDS
 
     def pause(self) -> float:
-        if self.repeats < FIGHT_REPEATS or time.monotonic() - self.last_repeat > FIGHT_SECONDS:
+        if not self.is_on(time.monotonic()):
             return 0.0
-        return float(min(2 ** (self.repeats - FIGHT_REPEATS), SLOWEST_FIGHT))
+        return float(min(2 ** (self.rounds - 1), SLOWEST_FIGHT))
 
 
 # --- the command line ---
@@ -1432,21 +1478,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-d", "--device", action="append", default=[],
-        help="default: ifupdown's $IFACE; with --watch a pattern, such as 'ens*'")  # fmt: skip
-    add("-g", "--gateway", type=gateway, help="default: main's, or subnet's base + 1")
-    add("-n", "--network", type=network, help="default: those of the device's addresses")
-    add("-t", "--table", default="", help="name or number; default: 100+N for ethN, or a free one")
+        help="device, else ifupdown's $IFACE; with --watch a pattern, such as 'ens*'")  # fmt: skip
+    add("-g", "--gateway", type=gateway,
+        help="its gateway (default: main's by this device, or its subnet's base + 1)")  # fmt: skip
+    add("-n", "--network", type=network,
+        help="its network (default: those of its addresses)")  # fmt: skip
+    add("-t", "--table", default="",
+        help="its table, name or number (default: 100+N for ethN, or a free one)")  # fmt: skip
     add("-r", "--remove", action="store_true", help="remove what belongs to the device")
     add("--default", nargs="?", const=True,
         help="for packets without a source address, and forwarded ones, too")  # fmt: skip
     add("--watch", action="store_true", help="serve all hardware devices for ever")
     add("--dry-run", action="store_true", help="print the commands of `ip`, and change nothing")
-    add(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="print each command of `ip` that is run",
-    )
+    add("-v", "--verbose", action="store_true", help="print each command of `ip` that is run")
     options = parser.parse_args(argv)
     if options.watch:
         if options.default is True:
@@ -1533,6 +1577,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except Exception as error:
+        if options.verbose:
+            raise
+        say(f"unexpected {type(error).__name__}: {error} (-v shows where)")
+        return 1
     return 0
 
 

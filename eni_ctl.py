@@ -62,6 +62,9 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, NoReturn, TypeVar
 
+# boto3, requests and what only some runs need are imported where they are used: --help and usage
+# errors do without them.
+
 __version__ = "2.0.0"
 
 STATE_FILE = "/etc/default/eni"
@@ -75,7 +78,7 @@ QUICK_PHASE = 10.0  # a wait polls quickly for this long after its reason has ch
 STATES_AGE = 7.0  # life-cycle states that are older are read again before anything is decided
 LOOK_AGAIN = (5.0, 30.0)  # EC2 is asked again about an ENI without device after 5, 10, 20, 30 ... s
 ASK_AGAIN = 10.0  # a detach that EC2 has taken, but does not show, is asked for again after this
-FORCE_AFTER = 30.0  # a detach that takes longer than this at a dying holder is forced
+FORCE_AFTER = 30.0  # a detach at a holder that takes longer than this is forced
 FIRST_REPORT = 2.0  # a run reports that it waits after this time, and whenever that has doubled
 REFUSAL_PAUSES = (1.0, 30.0)  # a refused attach or detach is repeated after 1, 2, 4 ... 30 s
 CREDENTIAL_PAUSES = (1.0, 60.0)  # new credentials are fetched after 1, 2, 4 ... 60 s
@@ -99,6 +102,7 @@ POLL_DEVICE = Poll(quick=0.1, slow=0.5, slowest=1.5)  # the kernel, by a process
 # so this bound is only for a run that it does not tell.
 DEVICE_INDEXES = range(1, 64)
 ZONE_OR_REGION = r"[a-z]{2,9}(-[a-z0-9]{1,20}){2,6}"
+IFF_UP = 1  # of a device's flags (linux/if.h)
 NO_GROUP = "in no group"  # stands for the life-cycle state of an instance that has none
 IPV6_ROUTER = "fe80:ec2::1"  # of every VPC subnet (VPC user guide, "Configure route tables")
 
@@ -110,7 +114,7 @@ log = logging.getLogger("eni_ctl")  # info for the user, debug for --verbose
 
 
 class Failure(Exception):
-    """Waiting cannot help: ends the run."""
+    """Ends the run at once: to wait longer cannot help, though another run may."""
 
     exit_code = 1
 
@@ -145,6 +149,7 @@ NO_FREE_SLOT = "AttachmentLimitExceeded"
 # InvalidParameterValue about a device index, the second of an AuthFailure about an ENI.
 INDEX_TAKEN = "device index taken"
 NOT_PERMITTED_HERE = "AuthFailure of an ENI"
+DETACH_HANGS = "even a detach by force hangs"  # Claim.release() says so, and EC2 says nothing
 DENIED = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException"}
 CLOCK_NOT_SET = {
     "SignatureDoesNotMatch",
@@ -213,7 +218,10 @@ class Instance(NamedTuple):
 
 
 class Eni(NamedTuple):
-    """A network interface, as DescribeNetworkInterfaces shows it. What it lacks is empty."""
+    """A network interface, as DescribeNetworkInterfaces shows it. What it lacks is empty.
+
+    -s --json prints these fields, and those of Network, by name: a new name breaks its users.
+    """
 
     id: str
     mac: str
@@ -251,7 +259,7 @@ class Eni(NamedTuple):
 
 
 class Network(NamedTuple):
-    """The ENI's device and the prefix length of its address, as the kernel shows them."""
+    """The ENI's device and prefix length, as the kernel shows them, and its subnet's gateway."""
 
     device: str
     prefix: int
@@ -281,14 +289,16 @@ def attach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     imds = Imds(deadline)
     instance = see_instance(imds)
     if not options.dry_run:
-        retire_foreign_record(instance, lock)
-    instance, aws = identify(instance, imds, options, deadline)
+        clear_foreign_attachment(instance, lock)
+    aws = Aws(instance.region, deadline, options.dry_run, imds)
+    instance = identify(instance, aws, imds, options, deadline)
     claim = Claim(instance, aws, lock, deadline, options)
     patience, longest = LOOK_AGAIN
+    pace = Pace(POLL_DEVICE)  # of all looks at the device, which are quick only once
     while True:
         eni = wait(claim.step, deadline, POLL_EC2)
         try:
-            network = await_network(instance, eni, lock, deadline, patience)
+            network = await_network(instance, eni, lock, deadline, patience, pace)
             break
         except NotYet:
             # No device has come. Perhaps EC2 has undone the attachment, or a peer has the ENI.
@@ -301,7 +311,9 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     lock = Lock(LOCK_FILE, options, deadline)
     imds = Imds(deadline)
     record = read_state_file(options.state_file)
-    instance, aws = identify(see_instance(imds), imds, options, deadline, record)
+    instance = see_instance(imds)
+    aws = Aws(instance.region, deadline, options.dry_run, imds)
+    instance = identify(instance, aws, imds, options, deadline, record)
     withdrawal = Withdrawal(instance, aws, lock, deadline, options)
     detached = wait(withdrawal.step, deadline, POLL_EC2)
     if not detached:
@@ -311,20 +323,21 @@ def detach(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
 
 def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
     imds = Imds(deadline)
-    instance, aws = identify(see_instance(imds), imds, options, deadline)
+    instance = see_instance(imds)
+    aws = Aws(instance.region, deadline, options.dry_run, imds)
+    instance = identify(instance, aws, imds, options, deadline)
     enis = wait(lambda: aws.enis_named(instance.name), deadline, POLL_EC2)
     instances = {instance.id, *holding_instances(enis)}
     members = wait(lambda: aws.members(instances), deadline, POLL_EC2)
     report = describe_state(instance, enis, life_cycle_states(instances, members))
     exit_code = 3
-    own = own_enis(instance.id, enis)
-    if not own:
+    if not own_enis(instance.id, enis):
         wait(lambda: aws.enis_of(instance.id), deadline, POLL_EC2)  # raises for another account
-    for eni in own:
-        if eni.is_attached_to(instance.id):
-            exit_code = add_network(report, eni)
-            break
-    return (json.dumps(report, indent=2) if options.json else status_table(report)), exit_code
+    eni = attached_eni(instance.id, enis)
+    if eni:
+        exit_code = add_network(report, eni)
+    answer = json.dumps(report, indent=2) if options.json else status_table(report)
+    return answer, exit_code
 
 
 # --- deciding: from what there is, what to do next; nothing here acts ---
@@ -333,16 +346,16 @@ def status(options: argparse.Namespace, deadline: Deadline) -> tuple[str, int]:
 def decide(
     instance: Instance, enis: Sequence[Eni], states: Mapping[str, str], force: bool, tried: str
 ) -> Decision:
-    """What --attach does next. Raises Failure, NeedsPerson or NotYet where it can do nothing.
+    """What --attach does next. Raises Failure, NeedsPerson or NotYet if nothing may be claimed.
 
+    If others hold all candidates, there are no steps, and Claim.act() raises NotYet.
     enis: all ENIs of the name. states: the holders' life-cycle states, as far as they are known.
     tried: the ENI that a run here last tried to attach; it may be ours before EC2 shows it.
     """
-    own = own_enis(instance.id, enis)
-    for eni in own:
-        if eni.is_attached_to(instance.id):
-            return Decision(keep=eni)
-    for eni in own:
+    attached = attached_eni(instance.id, enis)
+    if attached:
+        return Decision(keep=attached)
+    for eni in own_enis(instance.id, enis):
         if eni.attachment_status == "detaching":
             raise NotYet(f"{eni.id} is being detached from this instance")
     check_may_claim(instance.state)
@@ -401,7 +414,7 @@ def whom_to_spare(state: str) -> int:
         return 1
     if re.match("Pending|InService", state):
         return 3
-    return 2
+    return 2  # Standby, Detaching and the like
 
 
 def find_candidates(instance: Instance, enis: Sequence[Eni]) -> list[Eni]:
@@ -443,7 +456,8 @@ def why_not_free(eni: Eni, states: Mapping[str, str]) -> str:
     """A clause about an ENI that is in use, or between two states."""
     if eni.holder and eni.attachment_status in ("attaching", "attached"):
         state = states.get(eni.holder, "state unknown")
-        return f"{eni.id} is held by {eni.holder} ({state}) since {eni.since}"
+        ends = ", and will be deleted with it" if eni.delete_on_termination else ""
+        return f"{eni.id} is held by {eni.holder} ({state}) since {eni.since}{ends}"
     if eni.holder and eni.attachment_status == "detaching":
         return f"{eni.id} is being detached from {eni.holder}"
     return f"{eni.id} has the status {quoted(eni.status)}"
@@ -453,6 +467,14 @@ def own_enis(instance: str, enis: Iterable[Eni]) -> list[Eni]:
     """What the instance holds that could be moved, in the order of the device indexes."""
     own = [eni for eni in enis if eni.holder == instance and eni.is_movable]
     return sorted(own, key=lambda eni: (eni.card_index, eni.device_index))
+
+
+def attached_eni(instance: str, enis: Iterable[Eni]) -> Eni | None:
+    """The ENI that the instance has already, or is just getting; of several, the first by index."""
+    for eni in own_enis(instance, enis):
+        if eni.is_attached_to(instance):
+            return eni
+    return None
 
 
 def holding_instances(enis: Iterable[Eni]) -> set[str]:
@@ -494,6 +516,8 @@ class Claim:
         self.unseen_since: dict[str, float] = {}
         # By attachment: since when EC2 shows that it is being detached.
         self.detaching_since: dict[str, float] = {}
+        # By attachment: when it was detached by force for the first time.
+        self.forced_at: dict[str, float] = {}
         # By attachment: when to repeat a detach that EC2 has accepted and does not show.
         self.ask_again_at: dict[str, float] = {}
         self.refusals = Refusals(deadline)
@@ -503,8 +527,10 @@ class Claim:
         """The ENI that is attached here. Raises NotYet after a step that was not the last."""
         with self.lock.held():
             enis = self.aws.enis_named(self.instance.name)
+            if not enis:
+                self.aws.enis_of(self.instance.id)  # raises for the credentials of another account
             if not self.aws.dry_run:
-                self.retire_stale_record(enis)
+                self.clear_stale_attachment(enis)
             if self.needs_states(enis):
                 self.read_states(enis)
             if self.aws.dry_run:
@@ -534,7 +560,7 @@ class Claim:
         Our own and the holders' must be fresh. The holders' do not matter while an ENI is free, or
         is ours already.
         """
-        if any(eni.is_attached_to(self.instance.id) for eni in own_enis(self.instance.id, enis)):
+        if attached_eni(self.instance.id, enis):
             return False
         if self.states_are_old():
             return True
@@ -553,9 +579,8 @@ class Claim:
         own = members.get(self.instance.id)
         if own:
             self.instance = self.instance._replace(state=own.state or self.instance.state)
-        elif self.named:
-            self.instance = self.instance._replace(state="")
-        else:
+        elif not self.named or self.instance.state:
+            # To be left out of one answer must not make a host on standby claim an ENI.
             raise NeedsPerson(f"{self.instance.id} is in no Auto Scaling group any more")
         self.states_read = self.deadline.elapsed()
 
@@ -568,10 +593,7 @@ class Claim:
                     return self.attach(step.eni)
                 self.release(step.eni)
             except Failure as error:
-                another_may_do = concerns_one_eni(error)
-                if step.action == "release":  # the instance that EC2 speaks of is the holder
-                    another_may_do = is_refusal(error) and error.aws_code != NO_FREE_SLOT
-                if not another_may_do:
+                if not another_may_do(step, error):
                     raise
                 refusals.append(error)
         raise nothing_left(refusals, decision.waiting_for)
@@ -600,17 +622,18 @@ class Claim:
             if self.granted and self.granted.id == eni.id:
                 return self.granted
             if was_tried:
-                self.await_own(eni, call)
+                self.check_not_ours(eni, call)
         self.lock.remember("")
         if not concerns_one_eni(error):
             call = ATTACH_ANYTHING
         raise self.refusals.note(call, about(eni, error)) from None
 
-    def await_own(self, eni: Eni, call: str) -> None:
-        """Wait for an ENI that EC2 lists as free, but refuses as in use, and that a run here tried.
+    def check_not_ours(self, eni: Eni, call: str) -> None:
+        """Raise NotYet for an ENI that EC2 lists as free, but refuses as in use.
 
-        It is probably ours: EC2 shows an attachment late. Without this, the run would take a second
-        ENI of the pool. Raises NotYet; returns when EC2 has had the time to show it.
+        A run here has tried to attach it, so it is probably ours: EC2 shows an attachment late.
+        Without this, the run would take a second ENI of the pool. Returns when EC2 has had the time
+        to show it.
         """
         now = self.deadline.elapsed()
         since = self.unseen_since.setdefault(eni.id, now)
@@ -627,7 +650,12 @@ class Claim:
         else:
             due = self.ask_again_at.get(eni.attachment, now)
         if now < due:
-            raise NotYet(f"{eni.id} is being detached from {eni.holder}")
+            forced_at = self.forced_at.get(eni.attachment, now)
+            # It may hang for ever, and the next ENI may not. But what --force may take from a host
+            # in service is not worth one that dies.
+            hangs_for_good = now - forced_at > FORCE_AFTER and not self.force
+            code = DETACH_HANGS if hangs_for_good else ""
+            raise NotYet(f"{eni.id} is being detached from {eni.holder}", code)
 
         held = why_not_free(eni, self.states)
         call = f"detach {eni.attachment}"
@@ -644,6 +672,8 @@ class Claim:
             kind = NeedsPerson if error.aws_code in DENIED else NotYet
             reason = kind(f"{held}, and EC2 does not detach it: {error}", error.aws_code)
             raise self.refusals.note(call, reason) from None
+        if hangs:
+            self.forced_at.setdefault(eni.attachment, now)
         self.detaching_since.pop(eni.attachment, None)
         self.ask_again_at[eni.attachment] = now + ASK_AGAIN
         log.info("%s: detaching it there%s", held, ", by force" if hangs else "")
@@ -673,21 +703,23 @@ class Claim:
                 raise self.refusals.note(call, about(eni, error)) from None
         self.permitted.add(eni.id)
 
-    def retire_stale_record(self, enis: Sequence[Eni]) -> None:
+    def clear_stale_attachment(self, enis: Sequence[Eni]) -> None:
         """Take the attachment out of a state file where EC2 does not show it here any more."""
         record = read_state_file(self.lock.state_file)
         if self.record_is_checked or not has_attachment(record):
             return
         recorded = record.get("ENI_ID", NULL)
-        named = [eni for eni in enis if eni.id == recorded]
-        if named:
-            here = shows_here(self.instance, named)
+        shown = [eni for eni in enis if eni.id == recorded]
+        if shown:
+            here = shows_here(self.instance, shown)
         else:
             here = is_here(self.aws, self.instance, recorded)
             self.record_is_checked = True  # EC2 is asked about it only once in a run
         if not here:
-            # A file that cannot be written is not tried again at each poll.
-            self.record_is_checked = not retire(self.lock.state_file, record)
+            could_write = clear_attachment(self.lock.state_file, record)
+            # A file that cannot be written is not tried again at each poll. One that was written
+            # has no attachment to check any more.
+            self.record_is_checked = not could_write
 
 
 def shows_here(instance: Instance, shown: Iterable[Eni]) -> bool:
@@ -696,14 +728,17 @@ def shows_here(instance: Instance, shown: Iterable[Eni]) -> bool:
 
 
 def is_here(aws: Aws, instance: Instance, eni_id: str) -> bool:
-    """The same of an ENI that EC2 must be asked about. Raises a Failure for another account."""
+    """Whether EC2, asked about the ENI, shows it at this instance, or its device is still there.
+
+    Raises a Failure for another account.
+    """
     shown = aws.enis_with_ids({eni_id})
     if not shown:  # it has been deleted, or the credentials belong to another account
         aws.enis_of(instance.id)
     return shows_here(instance, shown)
 
 
-def retire_foreign_record(instance: Instance, lock: Lock) -> None:
+def clear_foreign_attachment(instance: Instance, lock: Lock) -> None:
     """Take the attachment out of a state file that was written for another instance.
 
     The file may have come with an AMI, or with a disk from a former life of this host.
@@ -711,10 +746,10 @@ def retire_foreign_record(instance: Instance, lock: Lock) -> None:
     with lock.held():
         record = read_state_file(lock.state_file)
         if has_attachment(record) and record.get("INSTANCE_ID") != instance.id:
-            retire(lock.state_file, record)
+            clear_attachment(lock.state_file, record)
 
 
-def retire(state_file: str, record: Mapping[str, str]) -> bool:
+def clear_attachment(state_file: str, record: Mapping[str, str]) -> bool:
     """Say in the state file that nothing is attached; whether it could be written."""
     try:
         write_state_file(state_file, without_attachment(record))
@@ -725,7 +760,7 @@ def retire(state_file: str, record: Mapping[str, str]) -> bool:
 
 
 def await_network(
-    instance: Instance, eni: Eni, lock: Lock, deadline: Deadline, patience: float
+    instance: Instance, eni: Eni, lock: Lock, deadline: Deadline, patience: float, pace: Pace
 ) -> Network:
     """See the ENI's address up, and write the state file.
 
@@ -739,7 +774,7 @@ def await_network(
         return network
 
     deadline.doing = f"{eni.id} is attached, waiting for its device and address"
-    return wait(confirm, deadline, POLL_DEVICE, patience)
+    return wait(confirm, deadline, POLL_DEVICE, patience, pace)
 
 
 def warn_of_deletion(eni: Eni) -> None:
@@ -778,6 +813,8 @@ class Withdrawal:
         self.gateways: dict[str, str] = {}  # by attachment
         # By attachment: when to repeat a detach that EC2 has accepted and does not show.
         self.ask_again_at: dict[str, float] = {}
+        # By ENI: since when this run knows of a claim that EC2 does not show.
+        self.unseen_since: dict[str, float] = {}
         self.refusals = Refusals(deadline)
 
     def step(self) -> list[Eni]:
@@ -786,9 +823,10 @@ class Withdrawal:
             record = read_state_file(self.lock.state_file)
             held = self.aws.enis_of(self.instance.id)
             if self.targets:
-                held += self.shown_late(held)
+                held += self.refused_and_unlisted(held)
             else:
-                held = own_enis(self.instance.id, [*held, *self.read_suspects(held, record)])
+                suspects = self.read_suspects(held, record)
+                held = own_enis(self.instance.id, [*held, *suspects])
                 self.note_targets(held, record)
             if self.aws.dry_run:
                 self.rehearse()
@@ -819,7 +857,9 @@ class Withdrawal:
         for eni in self.aws.enis_with_ids(self.suspected_ids(held, record)):
             if not self.is_target(eni, record):
                 continue
-            if eni.is_free and (find_device(eni.mac) or self.deadline.elapsed() < GRACE):
+            now = self.deadline.elapsed()
+            unseen = now - self.unseen_since.setdefault(eni.id, now)
+            if eni.is_free and (find_device(eni.mac) or unseen < GRACE):
                 raise NotYet(f"{eni.id} was claimed here, and EC2 does not show it attached yet")
             suspects.append(eni)
         return suspects
@@ -828,7 +868,7 @@ class Withdrawal:
         """The ENIs that a run here has attached, or has tried to, without those that are listed."""
         suspects = {self.lock.tried_for_state_file}
         if record.get("ATTACHMENT_ID", NULL) != NULL:
-            suspects.add(record_of(record, self.instance.id))
+            suspects.add(recorded_eni(record, self.instance.id))
         return suspects - {eni.id for eni in held} - {""}
 
     def note_targets(self, held: Sequence[Eni], record: Mapping[str, str]) -> None:
@@ -839,17 +879,17 @@ class Withdrawal:
                 with contextlib.suppress(NotYet):
                     self.gateways[eni.attachment] = read_network(eni).gateway
 
-    def shown_late(self, held: Sequence[Eni]) -> list[Eni]:
+    def refused_and_unlisted(self, held: Sequence[Eni]) -> list[Eni]:
         """The targets whose detach EC2 has refused, and which it does not list any more.
 
-        If they are gone meanwhile, EC2 says so when it is asked again.
+        Its list may be wrong, so the detach is asked for again: EC2 says then if they are gone.
         """
         held_ids = {eni.id for eni in held}
-        late: list[Eni] = []
+        unlisted: list[Eni] = []
         for eni in self.targets.values():
             if eni.attachment in self.refused and eni.id not in held_ids:
-                late.append(eni)
-        return late
+                unlisted.append(eni)
+        return unlisted
 
     def is_target(self, eni: Eni, record: Mapping[str, str]) -> bool:
         """Whether the ENI is of the name, or one that this host attached under another name."""
@@ -913,12 +953,11 @@ class Withdrawal:
         is_target = any(eni.id == recorded for eni in self.targets.values())
         if not is_target and has_attachment(record) and is_here(self.aws, self.instance, recorded):
             return  # it was attached under another name, and EC2 lists it late
-        remaining_ids = {eni.id for eni in remaining}
-        gone = [eni for eni in self.targets.values() if eni.id not in remaining_ids]
-        gone.sort(key=lambda eni: eni.id == recorded)
+        gone = self.gone_targets(remaining)
+        recorded_and_gone = [eni for eni in gone if eni.id == recorded]
         if gone:
-            # Of the recorded one, if it is among them.
-            values = self.values_after_detach(gone[-1], record)
+            eni = (recorded_and_gone or gone)[-1]
+            values = self.values_after_detach(eni, record)
         elif remaining:
             return
         elif record:
@@ -927,6 +966,10 @@ class Withdrawal:
             values = state_values(self.instance, None, None)
         if values != record:
             write_state_file(self.lock.state_file, values)
+
+    def gone_targets(self, remaining: Sequence[Eni]) -> list[Eni]:
+        remaining_ids = {eni.id for eni in remaining}
+        return [eni for eni in self.targets.values() if eni.id not in remaining_ids]
 
     def values_after_detach(self, eni: Eni, record: Mapping[str, str]) -> dict[str, str]:
         """What the state file says after the ENI's detach. Its gateway stays there."""
@@ -937,7 +980,7 @@ class Withdrawal:
         return {**values, "GW": gateway}
 
 
-def record_of(record: Mapping[str, str], instance: str) -> str:
+def recorded_eni(record: Mapping[str, str], instance: str) -> str:
     """The ENI of a state file that was written for this instance; empty where it was not."""
     if record.get("INSTANCE_ID") != instance or record.get("ENI_ID", NULL) == NULL:
         return ""
@@ -1015,6 +1058,13 @@ def concerns_one_eni(error: Failure) -> bool:
     return is_refusal(error) and error.aws_code not in INSTANCE_NOT_READY | {NO_FREE_SLOT}
 
 
+def another_may_do(step: Step, error: Failure) -> bool:
+    """Whether EC2 may accept another step of the round, although it refused this one."""
+    if step.action == "release" and error.aws_code in INSTANCE_NOT_READY:
+        return True  # the instance of a detach is the holder, and the next ENI has another
+    return concerns_one_eni(error)
+
+
 def aws_failure(action: str, code: str, status: int, message: str, origin: str = "") -> Failure:
     """The Failure for an error answer of AWS. origin: of keys that cannot be renewed."""
     # EC2 uses this code for many errors; only the message tells them apart.
@@ -1063,33 +1113,34 @@ def see_instance(imds: Imds) -> Instance:
 
 def identify(
     instance: Instance,
+    aws: Aws,
     imds: Imds,
     options: argparse.Namespace,
     deadline: Deadline,
     record: Mapping[str, str] | None = None,
-) -> tuple[Instance, Aws]:
-    """This instance with its name, and its way to AWS. Raises a Failure.
+) -> Instance:
+    """This instance with its name, and for --attach with its life-cycle state. Raises a Failure.
 
     record: the state file, for --detach. If it was written for this instance, it tells the name
     where no group does.
     """
     ignore_other_regions(instance.region)
-    aws = Aws(instance.region, deadline, options.dry_run, imds)
-
     # IMDS has the tag only where instance tags in metadata are on; it saves an API call.
     tag = "meta-data/tags/instance/aws:autoscaling:groupName"
     name = options.name or imds.hint(tag, r"[^\x00-\x1f\ufffd]{1,255}")
     instance = instance._replace(name=name)
     if name and options.verb is not attach:
-        return instance, aws
-    if name and target_state(imds) == "InService":
-        return instance._replace(state="InService"), aws
-    if record and record_of(record, instance.id):
-        with contextlib.suppress(Failure):
-            return add_group(instance, aws, options.name), aws
-        recorded = record.get("ASG_NAME", NULL)
-        return instance._replace(name="" if recorded == NULL else recorded), aws
-    return wait(lambda: add_group(instance, aws, options.name), deadline, POLL_EC2), aws
+        return instance
+    target = target_state(imds) if name else ""
+    if target == "InService":
+        return instance._replace(state=target)
+    if record and recorded_eni(record, instance.id):
+        try:
+            return add_group(instance, aws, options.name, target)
+        except Failure:
+            recorded = record.get("ASG_NAME", NULL)
+            return instance._replace(name="" if recorded == NULL else recorded)
+    return wait(lambda: add_group(instance, aws, options.name, target), deadline, POLL_EC2)
 
 
 def ignore_other_regions(region: str) -> None:
@@ -1110,11 +1161,17 @@ def target_state(imds: Imds) -> str:
     return imds.hint("meta-data/autoscaling/target-lifecycle-state", r"[A-Za-z:]{1,40}")
 
 
-def add_group(instance: Instance, aws: Aws, name: str | None) -> Instance:
-    """The instance with its group's name, unless it has a name, and with its life-cycle state."""
+def add_group(instance: Instance, aws: Aws, name: str | None, target: str) -> Instance:
+    """The instance with its group's name, unless it has a name, and with its life-cycle state.
+
+    target: the state that IMDS says the instance is to have, or none.
+    """
     member = aws.members({instance.id}).get(instance.id)
     if member is None and name is None:
+        aws.enis_of(instance.id)  # raises for the credentials of another account
         raise NeedsPerson(f"{instance.id} is in no Auto Scaling group, and no -n NAME was given")
+    if member is None and target not in ("", "Detached"):
+        raise NotYet(f"IMDS says {target} of {instance.id}, and Auto Scaling does not list it yet")
     if member is None:
         return instance
     if not member.group or not member.state:
@@ -1179,17 +1236,21 @@ class Deadline:
 
 
 def wait(
-    attempt: Callable[[], T], deadline: Deadline, poll: Poll, patience: float = float("inf")
+    attempt: Callable[[], T],
+    deadline: Deadline,
+    poll: Poll,
+    patience: float = float("inf"),
+    pace: Pace | None = None,
 ) -> T:
     """What attempt returns; it is tried again as long as it raises NotYet.
 
+    pace: of an earlier wait for the same, which this one goes on with.
     Raises its last error: Failure at once, NeedsPerson after GRACE, NotYet when patience is over,
     and at the deadline Failure with the same reason.
     """
-    pace = Pace(poll)
+    pace = pace or Pace(poll)
     started = deadline.elapsed()
     grace_ends: float | None = None
-    grace_pause = poll.quick
     while True:
         try:
             return attempt()
@@ -1200,7 +1261,8 @@ def wait(
                 grace_pause = poll.quick
             if now + poll.quick > grace_ends:
                 raise
-            # Ever longer, because eni.service repeats all this; but the end of the grace is used.
+            # The pauses double, because eni.service repeats all this. The last one is cut, so that
+            # one more attempt falls just before the grace ends.
             pause = min(grace_pause, max(poll.quick, grace_ends - now - poll.quick))
             grace_pause *= 2
             reason = str(error)
@@ -1208,7 +1270,7 @@ def wait(
             if deadline.elapsed() - started >= patience:
                 raise
             grace_ends = None
-            pause = pace.pause(error, deadline.elapsed())
+            pause = pace.seconds(error, deadline.elapsed())
             reason = str(error)
         deadline.pause(pause, reason)
 
@@ -1222,11 +1284,13 @@ class Pace:
         self.quick_until = 0.0
         self.back_off = 0.0
 
-    def pause(self, error: NotYet, now: float) -> float:
+    def seconds(self, error: NotYet, now: float) -> float:
         import random
 
         reason = error.aws_code or str(error)
-        if reason != self.reason:
+        # An overload says nothing new of what is waited for.
+        is_news = not self.reason or not isinstance(error, Overloaded)
+        if reason != self.reason and is_news:
             self.reason = reason
             self.quick_until = now + QUICK_PHASE
         usual = self.poll.quick if now < self.quick_until else self.poll.slow
@@ -1311,9 +1375,9 @@ class Aws:
             )
             for item in dicts(items):
                 member = Member(
-                    member_of(item, "AutoScalingGroupName"), member_of(item, "LifecycleState")
+                    text_of(item, "AutoScalingGroupName"), text_of(item, "LifecycleState")
                 )
-                members[member_of(item, "InstanceId")] = member
+                members[text_of(item, "InstanceId")] = member
         return members
 
     def attach(self, eni: str, instance: str) -> str:
@@ -1362,12 +1426,12 @@ class Aws:
 
         if self.dry_run:
             arguments["DryRun"] = True
-        with self.doing(action, arguments):
+        with self.api_call(action, arguments):
             client = self.client(service_of(action))
-            known = client.meta.service_model.operation_model(action).input_shape.members
+            parameters = client.meta.service_model.operation_model(action).input_shape.members
             # Debian 11's botocore has no network cards. Where it has them, card 0 must be named:
             # without it EC2 was seen to look at the indexes of another card (cilium pull 42512).
-            if "NetworkCardIndex" not in known:
+            if "NetworkCardIndex" not in parameters:
                 arguments.pop("NetworkCardIndex", None)
             answer: dict[str, Any] = getattr(client, xform_name(action))(**arguments)
         return answer
@@ -1379,7 +1443,7 @@ class Aws:
         from botocore import xform_name
 
         items: list[dict[str, Any]] = []
-        with self.doing(action, arguments):
+        with self.api_call(action, arguments):
             paginator = self.client(service_of(action)).get_paginator(xform_name(action))
             pages = paginator.paginate(**arguments, PaginationConfig={"PageSize": page_size})
             for page in pages:
@@ -1389,7 +1453,7 @@ class Aws:
         return items
 
     @contextlib.contextmanager
-    def doing(self, action: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def api_call(self, action: str, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Around an API call: says what is being done, and turns all errors into ours."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
         from botocore.parsers import ResponseParserError
@@ -1464,13 +1528,16 @@ class Aws:
         now = self.deadline.elapsed()
         if now < self.credentials_until:
             return
-        self.session = None
-        self.clients = {}
+        self.drop_session()
         self.credentials_until = now + self.credentials_pause
         self.credentials_pause = min(self.credentials_pause * 2, CREDENTIAL_PAUSES[1])
 
+    def drop_session(self) -> None:
+        self.session = None
+        self.clients = {}
+
     def why_no_credentials(self) -> Failure:
-        """Why boto3 has none, as IMDS tells it."""
+        """Why boto3 has none, as IMDS tells it. Drops the session if IMDS has them by now."""
         if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             return NeedsPerson("no credentials: AWS_EC2_METADATA_DISABLED keeps boto3 from IMDS")
         folder = "meta-data/iam/security-credentials/"
@@ -1486,8 +1553,7 @@ class Aws:
         if code == "Success":
             # They have come since boto3 asked. So the pause that began without them is over, once.
             if not self.imds_has_credentials:
-                self.session = None
-                self.clients = {}
+                self.drop_session()
             self.imds_has_credentials = True
             return Overloaded(f"boto3 does not have the credentials of the role {role} yet")
         self.imds_has_credentials = False
@@ -1528,41 +1594,41 @@ def settings_errors() -> tuple[type[Exception], ...]:
 
 def parse_eni(item: Mapping[str, Any]) -> Eni:
     """The ENI of an item in EC2's answer. One that is odd has empty fields, and is not usable."""
-    attachment: Mapping[str, Any] = {}
-    for shown in dicts([item.get("Attachment")]):
-        if member_of(shown, "Status") != "detached":  # EC2 may go on to show the last one
-            attachment = shown
-    tags = {member_of(tag, "Key"): member_of(tag, "Value") for tag in dicts(item.get("TagSet"))}
-    addresses = [member_of(item, "PrivateIpAddress")]
+    attachment = item.get("Attachment")
+    # EC2 may go on to show an attachment that is over.
+    if not isinstance(attachment, dict) or text_of(attachment, "Status") == "detached":
+        attachment = {}
+    tags = {text_of(tag, "Key"): text_of(tag, "Value") for tag in dicts(item.get("TagSet"))}
+    addresses = [text_of(item, "PrivateIpAddress")]
     for address in dicts(item.get("Ipv6Addresses")):
-        addresses.append(member_of(address, "Ipv6Address"))
-    owner = member_of(attachment, "InstanceOwnerId")
+        addresses.append(text_of(address, "Ipv6Address"))
+    owner = text_of(attachment, "InstanceOwnerId")
     service = ""
     if item.get("RequesterManaged"):
-        service = member_of(item, "RequesterId") or "an AWS service"
+        service = text_of(item, "RequesterId") or "an AWS service"
     if owner and not owner.isdigit():
         service = owner  # amazon-elb, amazon-aws …; an account is a number
     return Eni(
-        id=member_of(item, "NetworkInterfaceId"),
-        mac=member_of(item, "MacAddress").lower(),
-        zone=member_of(item, "AvailabilityZone"),
+        id=text_of(item, "NetworkInterfaceId"),
+        mac=text_of(item, "MacAddress").lower(),
+        zone=text_of(item, "AvailabilityZone"),
         ip=first_address(addresses),
         name=tags.get("Name", ""),
         fqdn=tags.get("FQDN", ""),
-        status=member_of(item, "Status"),
-        interface_type=member_of(item, "InterfaceType"),
+        status=text_of(item, "Status"),
+        interface_type=text_of(item, "InterfaceType"),
         service=service,
-        holder=member_of(attachment, "InstanceId"),
-        attachment=member_of(attachment, "AttachmentId"),
-        attachment_status=member_of(attachment, "Status"),
+        holder=text_of(attachment, "InstanceId"),
+        attachment=text_of(attachment, "AttachmentId"),
+        attachment_status=text_of(attachment, "Status"),
         device_index=number_of(attachment, "DeviceIndex", -1),
         card_index=number_of(attachment, "NetworkCardIndex", 0),
-        since=member_of(attachment, "AttachTime"),
+        since=text_of(attachment, "AttachTime"),
         delete_on_termination=bool(attachment.get("DeleteOnTermination")),
     )
 
 
-def member_of(item: Mapping[str, Any], key: str) -> str:
+def text_of(item: Mapping[str, Any], key: str) -> str:
     """The member of an answer as text; empty where it is missing."""
     value = item.get(key)
     return "" if value is None else str(value)
@@ -1649,6 +1715,7 @@ class Imds:
     def __init__(self, deadline: Deadline) -> None:
         import requests
 
+        # Kept, because requests is imported only here.
         self.address_errors = (
             requests.exceptions.MissingSchema,
             requests.exceptions.InvalidSchema,
@@ -1773,16 +1840,24 @@ def read_network(eni: Eni) -> Network:
     raise NotYet(f"{device} is not up with {eni.id}'s address {eni.ip}")
 
 
+def is_up(device: str) -> bool:
+    try:
+        with open(f"/sys/class/net/{device}/flags", encoding="ascii") as file:
+            return int(file.read(), 16) & IFF_UP != 0
+    except (OSError, ValueError):
+        return False
+
+
 def read_addresses(device: str) -> list[dict[str, Any]]:
     """The addresses on the device, as `ip` lists them; none if it is down."""
     addresses: list[dict[str, Any]] = []
+    if not is_up(device):  # `ip` costs a hundred times as much
+        return addresses
     links = run_ip("addr", "show", "dev", device)
     if links and not dicts(links):
         raise NotYet(f"ip -json addr show dev {device}: {quoted(str(links))} is no list of links")
     for link in dicts(links):
-        flags = link.get("flags")
-        if isinstance(flags, list) and "UP" in flags:
-            addresses += dicts(link.get("addr_info"))
+        addresses += dicts(link.get("addr_info"))
     return addresses
 
 
@@ -2164,9 +2239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Failure.exit_code
     try:
         print(answer, flush=True)
-    except OSError:
-        # Nobody reads it. Python would complain when it flushes stdout at the exit.
+    except OSError as error:
+        # Python would complain, too, when it flushes stdout at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What was attached or detached is done, even if nobody reads it; a report is not.
+        if options.verb is status and not isinstance(error, BrokenPipeError):
+            log.error("cannot write the report: %s", error.strerror)
+            return Failure.exit_code
     return int(exit_code)
 
 

@@ -45,7 +45,10 @@ def make_host(
     """A host with lo and these devices."""
     every = {"lo": Device(is_ethernet=False), **(devices or {}), **named}
     host = Host(every, [], [], {**NAMES, **(names or {})}, families)
-    for line in [*KERNEL_RULES, *rules, *routes]:
+    for line in KERNEL_RULES:
+        for family in (4, 6):
+            add_routes.read_line(host, family, line)
+    for line in [*rules, *routes]:
         add_routes.read_line(host, 6 if is_ipv6(line) else 4, line)
     return host
 

@@ -310,7 +310,7 @@ def test_a_vpns_tap_is_not_taken_for_an_eni(kernel: Kernel) -> None:
     kernel.sh("ip addr add 10.8.0.2/24 dev tap0; ip route prepend default via 10.8.0.1 dev tap0")
     kernel.serve("-d eth1")
     assert "group default" in kernel.sh("ip link show dev tap0")
-    assert "20020: from 10.0.1.5 lookup 254 suppress_prefixlength 0" in kernel.rules()
+    assert "20020: from 10.0.1.5 lookup 254 suppress_prefixlength 1" in kernel.rules()
 
 
 def test_an_overlay_with_mains_default_route_is_not_taken_for_an_eni(kernel: Kernel) -> None:
@@ -344,6 +344,22 @@ def test_a_nexthop_group_of_one_member_is_not_repaired_for_ever(kernel: Kernel) 
     kernel.serve("-d eth1")
     assert kernel.device_to("2001:db8:50::9", "2001:db8:1::22") == "eth1"
     assert kernel.add_routes("-d eth1 --dry-run").stdout == "nothing to change\n"
+
+
+@pytest.mark.parametrize("options", ["", "--default"])
+def test_own_addresses_stay_the_hosts_where_the_kernels_first_rule_has_been_moved(
+    kernel: Kernel, options: str
+) -> None:
+    """As it is usual with VRFs: the kernel's documentation, vrf.rst."""
+    kernel.sh("ip rule add pref 32765 lookup local && ip rule del pref 0")
+    kernel.serve(f"-d eth1 {options}")
+    for address in ("10.0.1.5", "10.0.1.22"):
+        assert kernel.device_to(address) == "lo"
+        assert kernel.device_to(address, "10.0.1.22") == "lo"
+        assert kernel.device_to(address, "198.51.100.1", "iif eth0") == "lo"
+    kernel.sh("ip rule add pref 0 lookup local && ip rule del pref 32765")
+    kernel.serve(f"-d eth1 {options}")
+    assert "lookup 255" not in "".join(kernel.rules())
 
 
 def test_what_is_forwarded_by_mains_own_device_follows_mains_routes(kernel: Kernel) -> None:

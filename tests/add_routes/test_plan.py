@@ -25,7 +25,7 @@ from add_routes import Failure, Host, Wish
 
 pytestmark = pytest.mark.pure
 
-NO_ENI = "from all lookup main suppress_prefixlength 0 suppress_ifgroup 7700"
+NO_ENI = "from all lookup main suppress_prefixlength 1 suppress_ifgroup 7700"
 END = "protocol 77"
 # Two next hops of a multipath route, as `ip -o` prints them.
 BY_ETH0 = "\\\tnexthop via 10.0.1.6 dev eth0 weight 1"
@@ -58,8 +58,8 @@ def test_an_eni_in_another_subnet_gets_this_recipe() -> None:
         f"route add 10.0.3.0/24 dev eth1 scope 253 src 10.0.3.22 table 101 {END}",
         f"route add default via 10.0.3.1 dev eth1 table 101 {END}",
         f"rule add pref 20000 {NO_ENI} {END}",
-        f"rule add pref 20010 from 10.0.1.10 lookup 100 suppress_prefixlength 0 {END}",
-        f"rule add pref 20020 from 10.0.1.10 lookup main suppress_prefixlength 0 {END}",
+        f"rule add pref 20010 from 10.0.1.10 lookup 100 suppress_prefixlength 1 {END}",
+        f"rule add pref 20020 from 10.0.1.10 lookup main suppress_prefixlength 1 {END}",
         f"rule add pref 20030 from 10.0.1.10 lookup 100 {END}",
         f"rule add pref 20030 from 10.0.3.22 lookup 101 {END}",
     ]
@@ -116,8 +116,8 @@ def test_each_family_has_a_main_device_of_its_own() -> None:
     )
     live = [rule for rule in rules_of(plan(host)) if rule.startswith("20020")]
     assert live == [
-        "20020 from 10.0.1.10 lookup main suppress_prefixlength 0",
-        "20020 from 2001:db8:3::22 lookup main suppress_prefixlength 0",
+        "20020 from 10.0.1.10 lookup main suppress_prefixlength 1",
+        "20020 from 2001:db8:3::22 lookup main suppress_prefixlength 7",
     ]
 
 
@@ -150,7 +150,7 @@ def test_default_adds_rules_at_the_end() -> None:
         "32698 from 10.0.1.10 lookup main",
         "32699 from all iif eth1 lookup 101",
         "32700 from all to 169.254.0.0/16 lookup main",
-        "32701 from all lookup main suppress_prefixlength 0",
+        "32701 from all lookup main suppress_prefixlength 1",
         "32702 from all lookup 101",
     ]
 
@@ -193,8 +193,9 @@ def test_both_families_can_be_given_a_gateway() -> None:
     )
     for gateway in ("10.0.3.9", "fe80::9"):
         host = served(host, "eth1", is_hook=True, **parsed({"gateway": gateway}))
-    given = [route.words[1] for route in host.routes if route.protocol == add_routes.GIVEN]
-    assert sorted(given) == ["10.0.3.9", "fe80::9"]
+    explicit = [route for route in host.routes if route.protocol == add_routes.EXPLICIT]
+    gateways = [route.words[1] for route in explicit]
+    assert sorted(gateways) == ["10.0.3.9", "fe80::9"]
 
 
 @pytest.mark.parametrize("gateway", ["fe80::9", "2001:db8:3::1"])
@@ -266,7 +267,7 @@ def test_removing_mains_own_device_leaves_the_others_right() -> None:
     assert host.devices["eth0"].group == 7700
     ours = [rule.text for rule in host.rules if rule.protocol == 77]
     assert ours == [
-        "from all lookup 254 suppress_prefixlength 0 suppress_ifgroup 7700",
+        "from all lookup 254 suppress_prefixlength 1 suppress_ifgroup 7700",
         "from 10.0.3.22 lookup 101",
     ]
     empty = after(host, add_routes.make_plan(host, Wish(remove="eth1")).steps)
@@ -467,6 +468,54 @@ def test_mains_default_route_by_the_device_keeps_its_attributes_but_the_metric()
         routes_of(plan(host), 101)[-1]
         == "default via 10.0.3.9 dev eth1 src 10.0.3.22 mtu lock 1400"
     )
+
+
+@pytest.mark.parametrize("device", ["eth0", "eth1"])
+def test_a_default_route_of_ipv4_by_a_gateway_of_ipv6_is_copied(device: str) -> None:
+    """RFC 5549; FRR makes such routes."""
+    line = f"default via inet6 fe80::1 dev {device} metric 100"
+    table = {"eth0": 100, "eth1": 101}[device]
+    others = TWO_ENIS[1:] if device == "eth0" else TWO_ENIS
+    host = two_enis(routes=[line, *others])
+    assert routes_of(plan(host), table)[-1] == f"default via inet6 fe80::1 dev {device}"
+
+
+@pytest.mark.parametrize("some", ["tos 0x10", "from 2001:db8:7::/64"])
+def test_a_default_route_for_some_packets_only_is_not_the_devices(some: str) -> None:
+    ipv6 = ["2001:db8:1::10/64", "2001:db8:3::22/64"]
+    gateway = "fe80::7" if "::" in some else "10.0.3.7"
+    host = two_enis(
+        families=(4, 6),
+        eth0=make_device("10.0.1.10/24", ipv6[0]),
+        eth1=make_device("10.0.3.22/24", ipv6[1]),
+        routes=[f"default {some} via {gateway} dev eth1", *TWO_ENIS],
+    )
+    defaults = [route for route in routes_of(plan(host), 101) if route.startswith("default")]
+    assert defaults == [
+        "default via 10.0.3.1 dev eth1",
+        "default via fe80:ec2::1 dev eth1 metric 1024",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rules", "is_added"),
+    [
+        (["0: from all lookup 255"], False),
+        (["100: from all lookup 255", "32766: from all lookup 254"], False),  # Cilium's
+        (["1000: from all lookup 300", "32765: from all lookup 255"], True),
+        (["19990: from all lookup 255 proto 77", "32765: from all lookup 255"], True),
+        (["100: from 10.9.9.9 lookup 255", "32765: from all lookup 255"], True),
+    ],
+)
+def test_where_the_kernels_first_rule_has_been_moved_own_addresses_get_one_before_ours(
+    rules: list[str], is_added: bool
+) -> None:
+    host = two_enis()
+    host = host._replace(rules=[])
+    for line in rules:
+        add_routes.read_line(host, 4, line)
+    ours = [rule for rule in served(host).rules if rule.priority == add_routes.OWN_ADDRESSES]
+    assert [rule.text for rule in ours] == ["from all lookup 255"] * is_added
 
 
 def test_mains_routes_by_an_eni_are_copied_whole_and_no_others() -> None:
@@ -716,12 +765,14 @@ def test_the_rules_of_the_first_edition_are_replaced_and_its_tables_kept() -> No
     )
     assert plan(host) == [
         f"route add 10.0.3.0/24 via 10.0.1.1 dev eth0 table 100 {END}",
-        f"rule add pref 20010 from 10.0.1.10 lookup 100 suppress_prefixlength 0 {END}",
-        f"rule add pref 20020 from 10.0.1.10 lookup main suppress_prefixlength 0 {END}",
+        f"rule add pref 20000 {NO_ENI} {END}",
+        f"rule add pref 20010 from 10.0.1.10 lookup 100 suppress_prefixlength 1 {END}",
+        f"rule add pref 20020 from 10.0.1.10 lookup main suppress_prefixlength 1 {END}",
         f"rule add pref 20030 from 10.0.1.10 lookup 100 {END}",
         f"rule add pref 20030 from 10.0.3.22 lookup 101 {END}",
         f"rule del pref 20001 from 10.0.3.22 lookup 101 {END}",
         f"rule del pref 20001 from 10.0.1.10 lookup 100 {END}",
+        f"rule del pref 20000 {NO_ENI.replace('length 1', 'length 0')} {END}",
         f"route del 10.0.1.0/24 dev eth0 scope 253 src 10.0.1.10 table 100 {END}",
     ]
     assert same(served(host), served(two_enis()))

@@ -37,6 +37,16 @@ def test_a_dry_run_whose_commands_nobody_reads_ends_with_one_line(kernel: Kernel
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
 
 
+@pytest.mark.pure
+def test_an_unexpected_error_is_one_line_and_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(add_routes, "serve", lambda *_: 1 / 0)
+    assert add_routes.main(["-d", "eth1"]) == 1
+    words = "unexpected ZeroDivisionError: division by zero (-v shows where)"
+    assert capfd.readouterr().err == f"add_routes.py: {words}\n"
+
+
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&1 | true"])
 def test_nobody_needs_to_read_what_verbose_says(kernel: Kernel, redirection: str) -> None:
     kernel.serve("-d eth1")

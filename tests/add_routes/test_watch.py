@@ -325,7 +325,52 @@ def test_nothing_is_a_repeat_only_because_the_host_is_young(
     for number in range(8):
         fight.note([add_routes.Step(4, f"rule add {number}", f"rule del {number}")])
         now += 2
-    assert (fight.repeats, fight.pause()) == (0, 0.0)
+    assert (fight.repeats, fight.pause()) == ([], 0.0)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+    ("pause", "is_a_fight"), [(10, True), (50, False)], ids=["five in a minute", "one in a minute"]
+)
+def test_a_fight_is_what_is_undone_five_times_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch, pause: float, is_a_fight: bool
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    fight = add_routes.Fight()
+    for _ in range(9):
+        fight.note([add_routes.Step(4, "rule add 1", "rule del 1")])
+        now += pause
+    assert (fight.pause() > 0) == is_a_fight
+    now += 2 * add_routes.FIGHT_SECONDS
+    assert fight.pause() == 0
+
+
+def test_a_link_that_flaps_is_no_fight(kernel: Kernel, start: Start, served: list[str]) -> None:
+    """The kernel itself empties a device's table when its link goes down."""
+    watch = start()
+    for _ in range(7):
+        watch.awaits(lambda: kernel.state() == served)
+        kernel.sh("ip link set eth1 down")
+        watch.awaits(lambda: "from 10.0.1.22 lookup 101" not in "".join(kernel.rules()))
+        kernel.sh("ip link set eth1 up")
+        kernel.sh("ip -6 address replace 2001:db8:1::22/64 dev eth1 nodad")
+    watch.awaits(lambda: kernel.state() == served)
+    assert not [line for line in watch.said() if "keeps undoing" in line]
+
+
+def test_the_default_of_a_watch_ends_by_a_restart_without_it_and_a_removal(
+    kernel: Kernel, start: Start, served: list[str]
+) -> None:
+    """In README's order: a removal beside the watch that asks for it would not last."""
+    watch = start("--default", "eth1")
+    watch.awaits(lambda: "from all lookup 101" in "".join(kernel.rules()))
+    watch.end()
+    watch = start()
+    kernel.serve("-r -d eth1")
+    watch.awaits(lambda: kernel.state() == served)
+    watch.awaits_peace()
+    assert kernel.state() == served
 
 
 def test_in_a_fight_it_slows_down_and_says_so_once(

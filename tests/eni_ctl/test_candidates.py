@@ -14,6 +14,8 @@ from lab.vpc import OUTER_LIMIT
 from lab.watching import all_at_once, attached_by, calls, holder, last_line, wait_for_line
 from lab.wire import Answer
 
+import eni_ctl
+
 # Codes and words of refusals that concern one ENI, as EC2 gives them.
 REFUSALS = {
     # EC2 User Guide, "Elastic Fabric Adapter"; hashicorp/terraform-provider-aws issue 44355.
@@ -195,6 +197,19 @@ def test_what_ec2_says_of_one_holder_is_not_taken_for_this_host(
         pair.attach(good)
         refusal.times = 0
         pair.free()
+
+
+def test_a_detach_that_hangs_even_by_force_does_not_block_the_next_holder(
+    lab: Lab, subnet: str
+) -> None:
+    pair = Pair(lab, subnet, "hangs")
+    pair.hold("Terminating")
+    machine = pair.machine.instance.id
+    first, second = sorted(pair.enis, key=lambda eni: eni_ctl.rank(machine, eni))
+    lab.aws.stuck_for_good.add(first)
+    pair.attach(second)
+    forced = [c.params.get("Force") for c in lab.aws.calls if c.action == "DetachNetworkInterface"]
+    assert forced[:2] == [None, "true"]
 
 
 def test_a_detach_that_iam_denies_for_one_holder_is_tried_with_the_next(

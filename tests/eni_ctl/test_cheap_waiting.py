@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from lab import Lab, Machine, await_that
-from lab.watching import calls, run_measured
+from lab.watching import calls, give_up, run_measured
 
 Record = Callable[[str, object], None]
 DESCRIBES = ("DescribeNetworkInterfaces", "DescribeAutoScalingInstances")
@@ -101,3 +101,17 @@ def test_a_wait_for_the_address_costs_little(
     record_property("CPU", run.cpu)
     assert run.cpu <= 2
     assert calls(lab, "DescribeNetworkInterfaces") <= 4
+
+
+def test_a_wait_for_the_address_asks_ip_seldom_and_not_at_all_while_the_device_is_down(
+    lab: Lab, machine: Machine, eni: str, record_property: Record
+) -> None:
+    machine.configures = False
+    asks = "eni_ctl.py: ip -json addr"
+    down = give_up(machine, "-a", "-v", over="eth1 is not up")
+    assert down.stderr.count(asks) == 0
+    machine.ip("link", "set", "eth1", "up")
+    up = machine.eni_ctl("-a", "-v", "-t", "50")
+    assert up.returncode == 1
+    record_property("times that `ip` was asked, in 50 s", up.stderr.count(asks))
+    assert 1 <= up.stderr.count(asks) <= 200  # after 10 s, twice a second

@@ -117,6 +117,26 @@ def test_an_eni_that_only_the_second_answer_shows_is_detached_too(
     assert lab.aws.eni(eni).attachment_id is None
 
 
+def test_an_eni_that_ec2_shows_late_is_waited_for_even_after_a_long_wait_for_the_lock(
+    lab: Lab, machine: Machine, eni: str
+) -> None:
+    lab.aws.never_plug.add(eni)
+    killed = machine.start_eni_ctl("-a")
+    await_that(lambda: holder(lab, eni) == machine.instance.id)
+    killed.kill()
+    killed.communicate()
+    lab.aws.describe_lag = OUTER_LIMIT
+    other = machine.popen("flock", "/run/eni_ctl.lock", "sh", "-c", "echo held; exec sleep 12")
+    assert other.stdout
+    assert other.stdout.readline() == "held\n"
+    run = machine.start_eni_ctl("-d")
+    wait_for_line(run, "waiting.*was claimed here")
+    lab.aws.describe_lag = 0
+    out, err = run.communicate(timeout=OUTER_LIMIT)
+    assert (run.returncode, out) == (0, f"detached {eni} (10.0.1.22)\n"), err
+    other.communicate()
+
+
 def test_a_detach_after_a_kill_in_mid_attach_finds_the_eni(
     lab: Lab, machine: Machine, eni: str
 ) -> None:

@@ -290,6 +290,15 @@ def test_a_fixed_address_that_would_die_with_its_instance_is_warned_of(
         assert machine.instance.id in done.stderr
 
 
+def test_a_host_that_waits_for_such_an_address_says_so(
+    lab: Lab, subnet: str, machine: Machine, eni: str
+) -> None:
+    assert machine.eni_ctl("-a").returncode == 0
+    lab.aws.eni(eni).delete_on_termination = True
+    spare = lab.launch(subnet, group="web")
+    await_waiting(spare, "-a", for_what="and will be deleted with it")
+
+
 def test_programs_are_told_of_it_too(lab: Lab, machine: Machine, eni: str) -> None:
     assert machine.eni_ctl("-a").returncode == 0
     lab.aws.eni(eni).delete_on_termination = True

@@ -102,6 +102,15 @@ def test_another_accounts_credentials_prove_nothing_about_the_attachment(
     assert holder(lab, eni) == machine.instance.id
 
 
+@pytest.mark.parametrize("options", [[], ["-n", "web"]])
+def test_another_accounts_credentials_are_told_of_where_there_is_no_group_or_no_eni(
+    lab: Lab, machine: Machine, options: list[str]
+) -> None:
+    done = machine.eni_ctl("-a", *options, **lab.aws.add_stranger())
+    assert (done.returncode, done.stdout) == (4, "")
+    assert last_line(done).endswith("are these credentials of its account?")
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
@@ -254,6 +263,13 @@ def test_the_work_is_done_where_stdout_is_closed_or_full(
     machine.run("sh", "-c", f"eni_ctl.py -a {redirection}")
     assert holder(lab, eni) == machine.instance.id
     assert machine.state()["ENI_ID"] == eni
+
+
+def test_a_report_that_cannot_be_written_is_none(machine: Machine) -> None:
+    done = machine.run("sh", "-c", "exec eni_ctl.py -s --json >/dev/full")
+    assert done.returncode == 1
+    assert last_line(done) == "eni_ctl.py: cannot write the report: No space left on device"
+    assert machine.run("bash", "-c", "eni_ctl.py -s | true; exit ${PIPESTATUS[0]}").returncode != 1
 
 
 # --- the command line

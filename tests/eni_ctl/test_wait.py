@@ -63,6 +63,13 @@ def test_a_wait_asks_quickly_again_when_its_reason_has_changed() -> None:
     assert changed == 10 + 2 + 10 + 6
 
 
+def test_an_overload_now_and_then_does_not_make_a_long_wait_ask_more_often() -> None:
+    steady = [NotYet("held")] * 20
+    _, usual = waiting([NotYet("held")])
+    _, throttled = waiting([*steady, *[Overloaded("slow down"), *steady] * 9, NotYet("held")])
+    assert throttled <= usual
+
+
 def test_a_wait_with_patience_ends_before_the_deadline_with_its_own_error() -> None:
     clock = Clock()
 

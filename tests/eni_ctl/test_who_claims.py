@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from lab import Lab, Machine, await_that
+from lab import Lab, Machine, await_that, odd
 from lab.vpc import OUTER_LIMIT
 from lab.watching import (
     all_at_once,
@@ -192,6 +192,29 @@ def test_a_name_by_hand_does_not_make_a_host_claim(
 ) -> None:
     await_waiting(launch(lab, subnet, state), "-a", "-n", "web", for_what=f"is {state}:")
     assert calls(lab, "AttachNetworkInterface") == 0
+
+
+def test_a_host_on_standby_does_not_claim_by_name_when_one_answer_leaves_it_out(
+    lab: Lab, subnet: str, eni: str
+) -> None:
+    machine = launch(lab, subnet, "Standby")
+    waiting = machine.start_eni_ctl("-a", "-n", "web")
+    wait_for_line(waiting, "waiting.*Standby")
+    machine.instance.change = odd.lacking("InstanceId")
+    _, err = waiting.communicate(timeout=OUTER_LIMIT)
+    assert waiting.returncode == 4
+    assert "is in no Auto Scaling group any more" in err.splitlines()[-1]
+    assert attached_by(lab, machine) == []
+
+
+def test_a_host_that_only_imds_knows_to_be_in_a_warm_pool_does_not_claim_by_name(
+    lab: Lab, subnet: str, eni: str
+) -> None:
+    machine = launch(lab, subnet, "Warmed:Running")
+    machine.instance.warm_pool = "Running"
+    machine.instance.change = odd.lacking("InstanceId")
+    await_waiting(machine, "-a", "-n", "web", for_what="Auto Scaling does not list it yet")
+    assert attached_by(lab, machine) == []
 
 
 # --- the holder's state

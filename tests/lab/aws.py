@@ -487,7 +487,8 @@ class Aws(Knobs):
             attachment_id = eni.model.attachment_id
             eni.attachment_status = "detaching"
             eni.append_history()
-            if force or eni.model.id not in self.stuck:
+            hangs = eni.model.id in self.stuck and not force
+            if not hangs and eni.model.id not in self.stuck_for_good:
                 self._later(self.detach_delay, lambda: self._release(eni, attachment_id))
 
     def terminate(self, instance: Instance) -> None:

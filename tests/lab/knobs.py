@@ -64,6 +64,7 @@ class Knobs:
     # What goes wrong with one ENI or instance. See also Aws.refuse, Aws.deny and Aws.fail.
     never_plug: set[str] = field(default_factory=set)  # attached without a device appearing
     stuck: set[str] = field(default_factory=set)  # ENIs that stay "detaching" until forced
+    stuck_for_good: set[str] = field(default_factory=set)  # ... even then, at a host that is broken
     refuse_detach: set[str] = field(default_factory=set)  # instances
     refusals: list[Refusal] = field(default_factory=list)
     denials: list[Denial] = field(default_factory=list)

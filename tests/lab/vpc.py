@@ -5,7 +5,7 @@ fe80:ec2::1, the addresses of IMDS, of AWS's API endpoints and of a web server. 
 bridge. A host is a network and a mount namespace of its own, joined to bridges by veth pairs whose
 inner ends have the MAC addresses of its network interfaces. What a VPC does that a plain network
 does not: a frame whose source (IPv4, ARP or IPv6) is not an address of the interface it comes from
-is dropped, here by nftables on each bridge port.
+is dropped, here by nftables on each bridge port. And its router redirects nobody.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ table bridge vpc {
         ip saddr 0.0.0.0 udp sport 68 accept comment "DHCP"
         ip6 saddr { ::, fe80::/10 } accept
         counter name dropped
+    }
+    chain router {
+        type filter hook output priority filter;
+        icmp type redirect drop comment "a host that believed one would go on sending there"
+        icmpv6 type nd-redirect drop
     }
     counter dropped { }
 }

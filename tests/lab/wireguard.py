@@ -9,11 +9,11 @@ PORT = 51820
 
 
 class Tunnel:
-    """One end: the device wg0 of a host, with an address of its own."""
+    """One end: the device wg0 of a host, with addresses of its own."""
 
-    def __init__(self, host: Host, address: str) -> None:
+    def __init__(self, host: Host, *addresses: str) -> None:
         self.host = host
-        self.address = address
+        self.addresses = addresses
         self.daemon = Daemon(host, "wireguard-go", "--foreground", "wg0")
         self.write_key()
 
@@ -36,7 +36,9 @@ class Tunnel:
             words += ["endpoint", f"{endpoint}:{PORT}"]
         done = self.host.run("wg", "set", "wg0", *words)
         assert done.returncode == 0, done.stderr
-        self.host.ip("addr", "replace", f"{self.address}/32", "dev", "wg0")
+        for address in self.addresses:
+            length = 128 if ":" in address else 32
+            self.host.ip("addr", "replace", f"{address}/{length}", "dev", "wg0")
         self.host.ip("link", "set", "wg0", "up", "mtu", "1420")
         for prefix in allowed.split(","):
             self.host.ip("route", "replace", prefix, "dev", "wg0")

@@ -212,8 +212,10 @@ class World:
         the ENI with that address. It is for that source alone: others there use another table."""
         chosen = f"from {source} iif {self.vpc.bridge_of(source)[0]}" if source else "from all"
         bridge, _ = self.vpc.bridge_of(address)
-        run("ip", *f"rule add pref 100 {chosen} to {destination} lookup 100".split())
-        run("ip", *f"route replace {destination} via {address} dev {bridge} table 100".split())
+        family = "-6" if ":" in destination else "-4"
+        route = f"{destination} via {address} dev {bridge}"
+        run("ip", family, *f"rule add pref 100 {chosen} to {destination} lookup 100".split())
+        run("ip", family, *f"route replace {route} table 100".split())
 
     def map_address(self, address: str, device: str) -> None:
         """An address of a delegated prefix: the VPC itself knows whose it is, and asks nobody."""
@@ -226,9 +228,10 @@ class World:
 
     def tidy(self) -> None:
         """Take away what the last test has added to the VPC."""
-        while "100:" in run("ip", "rule"):
-            run("ip", "route", "flush", "table", "100")
-            run("ip", "rule", "del", "pref", "100")
+        for family in ("-4", "-6"):
+            while "100:" in run("ip", family, "rule"):
+                run("ip", family, "route", "flush", "table", "100")
+                run("ip", family, "rule", "del", "pref", "100")
         self.stop_dhcp()
         for gateway, pod in self.pods:
             pod.stop()
