@@ -651,8 +651,8 @@ class Claim:
             due = self.ask_again_at.get(eni.attachment, now)
         if now < due:
             forced_at = self.forced_at.get(eni.attachment, now)
-            # It may hang for ever, and the next ENI may not. But what --force may take from a host
-            # in service is not worth one that dies.
+            # It may hang for ever, so another ENI is worth a try. But with --force that may be one of
+            # a host in service: then this one is waited for.
             hangs_for_good = now - forced_at > FORCE_AFTER and not self.force
             code = DETACH_HANGS if hangs_for_good else ""
             raise NotYet(f"{eni.id} is being detached from {eni.holder}", code)
