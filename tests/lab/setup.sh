@@ -10,7 +10,7 @@ program=tests/${0##*/}
 
 debian_packages="iproute2 nftables util-linux ifupdown isc-dhcp-client dnsmasq-base systemd
 iputils-ping python3-boto3 python3-requests python3-venv"
-debian_packages_for_tests="awscli keepalived radvd wireguard-go wireguard-tools dbus-daemon
+debian_packages_for_tests="awscli keepalived radvd wireguard-go wireguard-tools procps dbus-daemon
 dbus-system-bus-common"
 debian_packages_for_images="qemu-system-x86 mmdebstrap apt-utils e2fsprogs"
 venv_size=700 # MiB, with some room
