@@ -579,9 +579,12 @@ class Claim:
         own = members.get(self.instance.id)
         if own:
             self.instance = self.instance._replace(state=own.state or self.instance.state)
-        elif not self.named or self.instance.state:
-            # To be left out of one answer must not make a host on standby claim an ENI.
+        elif not self.named:
             raise NeedsPerson(f"{self.instance.id} is in no Auto Scaling group any more")
+        elif self.instance.state:
+            # To be left out of one answer must not make a host on standby claim an ENI by -n. One
+            # that has really left its group claims in its next run.
+            raise NotYet(f"Auto Scaling does not list {self.instance.id} any more")
         self.states_read = self.deadline.elapsed()
 
     def act(self, decision: Decision) -> Eni:
@@ -651,8 +654,8 @@ class Claim:
             due = self.ask_again_at.get(eni.attachment, now)
         if now < due:
             forced_at = self.forced_at.get(eni.attachment, now)
-            # It may hang for ever, so another ENI is worth a try. But with --force that may be one of
-            # a host in service: then this one is waited for.
+            # It may hang for ever, so another ENI is worth a try. But with --force that may be one
+            # of a host in service: then this one is waited for.
             hangs_for_good = now - forced_at > FORCE_AFTER and not self.force
             code = DETACH_HANGS if hangs_for_good else ""
             raise NotYet(f"{eni.id} is being detached from {eni.holder}", code)
