@@ -26,16 +26,16 @@ AT_ONCE = snippet("# At once")
 UPGRADE = snippet("# After an upgrade")
 UNINSTALL = snippet("# Uninstall")
 END_DEFAULT = snippet("# To end --default of the service").replace("eth1", "enp2s0")
-# A rule of the administrator's own, and what keeps networkd from removing it.
+FILES = {path: text.replace("eth1", "enp2s0") for path, text in NAT_FILES.items()}
+# A rule of the administrator's own, and what keeps networkd from removing it. Not for Debian 13:
+# there, it also keeps what cloud-init has networkd make for an ENI, when the ENI is gone.
 OWN_RULE = {
-    path: snippet(f"# {path}")
+    path: snippet(f"# {path}").replace("eth1", "enp2s0")
     for path in (
         "/etc/systemd/system/own-rules.service",
         "/etc/systemd/networkd.conf.d/own-rules.conf",
     )
 }
-FILES = {path: text.replace("eth1", "enp2s0") for path, text in (NAT_FILES | OWN_RULE).items()}
-ENABLE = f"{ENABLE_NAT} own-rules.service"
 # What the user adds to these user data: a unit that needs the ENI.
 PAGES_PATH = "/etc/systemd/system/pages.service"
 WRITE_PAGES = f"""
@@ -65,7 +65,12 @@ def test_the_life_of_a_cloud_image(
     """It is a NAT instance; its spare is a plain host."""
     site = Site(lab, tmp_path, ipv6=True)
     image = Image(release, "netplan")
-    disk = make_disk(lab, image, tmp_path / "cloud", FILES, ENABLE)
+    files, units = FILES, "pages.service"
+    has_own_rule = release == "bookworm"
+    if has_own_rule:
+        files, units = FILES | OWN_RULE, "pages.service own-rules.service"
+    enable = f"{ENABLE_NAT}\nsystemctl enable {units}"
+    disk = make_disk(lab, image, tmp_path / "cloud", files, enable)
     stock = stock_disk(lab, image, tmp_path / "stock")
 
     # The first boot.
@@ -79,7 +84,7 @@ def test_the_life_of_a_cloud_image(
     site.check_journal(host, "--unit eni --unit add_routes", f"({ENI}) as enp2s0", most=12)
     site.check_forwarding()
     host.await_that(lambda: site.fetches(ENI))
-    host.await_sh("ip rule", lambda s: "20005:" in s)
+    host.await_sh("ip rule", lambda s: ("20005:" in s) == has_own_rule)
 
     # What an administrator does, and what it costs.
     for command in DISTURBANCES:
@@ -87,7 +92,7 @@ def test_the_life_of_a_cloud_image(
         record_property(f"{command}: pings lost, of five a second", lost)
         site.check_main(host)
         site.check_forwarding()
-        assert "20005:" in host.sh("ip rule")
+        assert ("20005:" in host.sh("ip rule")) == has_own_rule
 
     # A second ENI, of another name, by hand.
     site.check_a_second_eni(host)
@@ -143,18 +148,18 @@ def test_the_life_of_a_cloud_image(
     site.check(host)
     site.check_main(host)
 
-    # It is no NAT instance any more.
-    host.sh(END_DEFAULT)
-    host.await_sh("ip rule", lambda s: "32702:" not in s and f"from {ENI} lookup" in s)
-    site.check(host)
-    site.check_main(host)
-    assert "20005:" in host.sh("ip rule")
+    if has_own_rule:
+        # It is no NAT instance any more.
+        host.sh(END_DEFAULT)
+        host.await_sh("ip rule", lambda s: "32702:" not in s and f"from {ENI} lookup" in s)
+        site.check(host)
+        site.check_main(host)
+        assert "20005:" in host.sh("ip rule")
 
     # Uninstalled, with what the user has added, it leaves nothing but the table's name.
     host.sh(UNINSTALL)
     assert "20005:" not in host.sh("ip rule")
-    added = "pages.service own-rules.service"
-    host.sh(f"cd /etc/systemd/system; rm -r *.service.d; systemctl disable {added}")
+    host.sh(f"cd /etc/systemd/system; rm -r *.service.d; systemctl disable {units}")
     assert site.holder() is None
     left = host.sh("ip rule; ip -6 rule; ip route show table all; ip link; ls /etc/systemd/system")
     assert not re.search(r"proto 77|group 7700|eni|add_routes", left), left
@@ -181,7 +186,7 @@ def test_a_nat_instance_with_two_enis_beside_cloud_inits_own_hot_plug(
     """Debian 13's cloud-init configures a hot-plugged ENI by netplan, some time after networkd has
     done it by 80-eni.network. Debian 12's does so only if it is told to."""
     site = Site(lab, tmp_path, ipv6=True)
-    commands = f"{HOT_PLUG}\n{ENABLE}"
+    commands = f"{HOT_PLUG}\n{ENABLE_NAT}"
     disk = make_disk(lab, Image("trixie", "netplan"), tmp_path / "cloud", FILES, commands)
     host = site.boot(disk, options="", ip=PRIMARY[0], ipv6=PRIMARY[1:])
     _, active = site.await_active(host)
