@@ -777,7 +777,7 @@ def await_network(
         return network
 
     deadline.doing = f"{eni.id} is attached, waiting for its device and address"
-    return wait(confirm, deadline, POLL_DEVICE, patience, pace)
+    return wait(confirm, deadline, pace.poll, patience, pace)
 
 
 def warn_of_deletion(eni: Eni) -> None:
